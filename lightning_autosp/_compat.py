@@ -1,0 +1,64 @@
+"""Every private name of torch the package leans on, in one place.
+
+Checked against torch 2.13.0. Each entry says what it is for; when a release moves one, this file is where it is mended.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Functionalisation that keeps composite operators (attention, losses, dropout) whole: what torch.export traces with.
+from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, to_fun
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+# Tie a fake tensor that no traced operator produced to a node of the graph being traced (opaque higher-order operators).
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
+
+__all__ = [
+    "FunctionalTensorMode",
+    "current_tracer",
+    "dynamic_dims",
+    "example_of",
+    "from_fun",
+    "get_proxy_slot",
+    "has_data_mutation",
+    "make_fx",
+    "mark_dynamic",
+    "shape_replacements",
+    "to_fun",
+    "track_tensor_tree",
+]
+
+
+def current_tracer() -> Any:
+    """Return the tracer of the `make_fx` in progress."""
+    mode = get_proxy_mode()
+    assert mode is not None, "no trace in progress"
+    return mode.tracer
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Ask Dynamo for a symbol for this dimension, without an error should the user's code fix its size."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def dynamic_dims(tensor: torch.Tensor) -> set[int]:
+    """Return the dimensions that `mark_dynamic` marked."""
+    return set(getattr(tensor, "_dynamo_weak_dynamic_indices", ()))
+
+
+def example_of(placeholder: torch.fx.Node) -> Any:
+    """Return the real value Dynamo saw for a graph input, while its backend runs."""
+    arg = placeholder.meta.get("grapharg")
+    try:
+        return None if arg is None else arg.example
+    except (AssertionError, AttributeError):
+        return None
+
+
+def shape_replacements(fake_mode: Any) -> dict[Any, Any]:
+    """Return the symbol equalities that tracing established (the labels' length is the ids' length)."""
+    env = fake_mode.shape_env
+    return dict(env.replacements) if env is not None else {}

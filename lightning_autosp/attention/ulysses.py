@@ -1,0 +1,117 @@
+"""Ulysses: exchange a shard of the sequence for a shard of the heads, attend, exchange back.
+
+Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3. Letters: B batch, H heads, L whole sequence, l this rank's part, D head dimension,
+P ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_autosp.collectives import Group, all_to_all
+
+__all__ = ["heads_to_sequence", "sequence_to_heads", "ulysses_attention", "wire_elements"]
+
+
+def sequence_to_heads(x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
+    """Give up this rank's positions of all heads for all positions of this rank's heads.
+
+    Args:
+        x: Shape `(B, H, l, D)`, `l == lengths[group.rank]`, `H % P == 0`.
+        lengths: Every rank's number of positions.
+        group: The sequence group.
+
+    Returns:
+        Shape `(B, H/P, L, D)`, `L == sum(lengths)`.
+    """
+    batch, heads, length, width = x.shape
+    own = heads // group.size
+    sizes = [own * batch * n * width for n in lengths]
+    flat = x.transpose(0, 1).reshape(-1)
+    flat = all_to_all(flat, sizes, [own * batch * length * width] * group.size, group)
+    blocks = [part.view(own, batch, n, width) for part, n in zip(flat.split(sizes), lengths, strict=True)]
+    return torch.cat(blocks, dim=2).transpose(0, 1)
+
+
+def heads_to_sequence(x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
+    """Undo `sequence_to_heads`: shape `(B, H/P, L, D)` to `(B, H, l, D)`."""
+    batch, own, _, width = x.shape
+    length = lengths[group.rank]
+    parts = [part.reshape(-1) for part in x.transpose(0, 1).split(lengths, dim=2)]
+    sizes = [own * batch * n * width for n in lengths]
+    flat = all_to_all(torch.cat(parts), [own * batch * length * width] * group.size, sizes, group)
+    return flat.view(group.size * own, batch, length, width).transpose(0, 1)
+
+
+def ulysses_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    query_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    group: Group,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` over positions that are split over the ranks of `group`.
+
+    Any head count works: key/value heads are repeated when they do not divide by the group size, and heads are padded with zeros,
+    dropped again at the end, when the query heads do not.
+
+    Args:
+        query: This rank's queries, shape `(..., H, l, D)`.
+        key: This rank's keys, shape `(..., Hk, l, D)`.
+        value: This rank's values, shape `(..., Hk, l, Dv)`.
+        mask: The whole mask, broadcastable to `(..., H, L, L)`, bool or the query's dtype, or `None`.
+        dropout: Probability of dropping an attention weight.
+        is_causal: As in `F.scaled_dot_product_attention`, over the whole sequence.
+        scale: Factor of the scores; `None` for `1/sqrt(D)`.
+        enable_gqa: Whether `Hk` may be smaller than `H`.
+        query_lengths: Every rank's number of queries.
+        key_lengths: Every rank's number of keys.
+        group: The sequence group.
+
+    Returns:
+        Shape `(..., H, l, Dv)`. Sends `wire_elements` elements a rank.
+    """
+    leading = query.shape[:-3]
+    query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    heads, ranks = query.shape[1], group.size
+    if key.shape[1] != heads and (key.shape[1] % ranks or heads % ranks):
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        enable_gqa = False
+    padding = -heads % ranks
+    if padding:
+        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (query, key, value))
+    query = sequence_to_heads(query, query_lengths, group)
+    key, value = (sequence_to_heads(x, key_lengths, group) for x in (key, value))
+    if mask is not None:
+        mask = _own_heads(mask, heads, padding, query.shape[1], group)
+        if mask.ndim > 3:
+            mask = mask.expand(*leading, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+    out = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa)
+    out = heads_to_sequence(out, query_lengths, group)[:, :heads]
+    return out.reshape(*leading, *out.shape[1:])
+
+
+def _own_heads(mask: Tensor, heads: int, padding: int, own: int, group: Group) -> Tensor:
+    if mask.ndim < 3 or mask.shape[-3] != heads or heads == 1:
+        return mask
+    if padding:
+        mask = torch.cat([mask, mask.new_zeros((*mask.shape[:-3], padding, *mask.shape[-2:]))], dim=-3)
+    return mask.narrow(-3, group.rank * own, own)
+
+
+def wire_elements(batch: int, heads: int, kv_heads: int, length: int, width: int, value_width: int, ranks: int) -> int:
+    """Return the elements a rank sends in one forward pass: a share `(P-1)/P` of its part of q, k, v and the output."""
+    if kv_heads != heads and (kv_heads % ranks or heads % ranks):
+        kv_heads = heads
+    padding = -heads % ranks
+    heads, kv_heads = heads + padding, kv_heads + (padding if kv_heads == heads else 0)
+    per_token = (heads + kv_heads) * (width + value_width)
+    return batch * (length // ranks) * per_token * (ranks - 1) // ranks

@@ -1,0 +1,233 @@
+"""The collectives the compiler emits, each with its exact autograd.
+
+All ranks of a sequence group call `backward` on the same global loss. What autograd then differentiates is the *sum* of those equal
+losses over the ranks, so every collective's backward is its plain transpose and parameter gradients are averaged over all ranks:
+
+| forward                     | backward                    |
+|-----------------------------|-----------------------------|
+| all-gather                  | reduce-scatter (sum)        |
+| all-reduce (sum)            | all-reduce (sum)            |
+| all-to-all                  | all-to-all                  |
+| slice                       | zero-pad (torch's own)      |
+| parameter on use            | average over all ranks      |
+
+Functions take local tensors and a `Group`; they work eagerly and under AOTAutograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = [
+    "Group",
+    "all_gather_sequence",
+    "all_reduce_sum",
+    "all_to_all",
+    "amax_across",
+    "average_gradient",
+    "broadcast_first",
+    "gather_parameter",
+    "stack_across",
+]
+
+_ops = torch.ops._c10d_functional
+
+
+class Group(NamedTuple):
+    """A process group as graphs see it: its name in torch's registry, its size, this process's rank in it.
+
+    A named tuple, because that is what an FX graph can hold as a constant.
+    """
+
+    name: str
+    size: int
+    rank: int
+    first: int = 0
+    """Global rank of the group's first member, the source of broadcasts."""
+
+    @classmethod
+    def of(cls, process_group: dist.ProcessGroup) -> Group:
+        first = dist.get_process_group_ranks(process_group)[0]
+        return cls(process_group.group_name, process_group.size(), process_group.rank(), first)
+
+
+def _all_reduce(x: Tensor, op: str, group: Group) -> Tensor:
+    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, group.name))
+
+
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    """Concatenate equally shaped tensors along dim 0."""
+    return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), group.size, group.name))
+
+
+def _reduce_scatter(x: Tensor, op: str, group: Group) -> Tensor:
+    """Reduce and keep this rank's equal part of dim 0."""
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), op, group.size, group.name))
+
+
+def _all_to_all(x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: Group) -> Tensor:
+    """Exchange parts of dim 0 of the given sizes."""
+    return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), list(output_splits), list(input_splits), group.name))
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    missing = rows - x.shape[0]
+    return torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x
+
+
+def _split_rows(x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Undo `_pad_rows` for a concatenation of blocks padded to the same number of rows."""
+    rows = max(lengths)
+    return [block[:length] for block, length in zip(x.split(rows), lengths, strict=True)]
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_reduce(x, "sum", group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, "sum", ctx.group), None
+
+
+def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
+    """Sum a tensor of any shape over the group; every rank gets the sum."""
+    return _AllReduceSum.apply(x, group) if group.size > 1 else x
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
+        ctx.lengths, ctx.group = lengths, group
+        gathered = _all_gather(_pad_rows(x, max(lengths)), group)
+        return gathered if len(set(lengths)) == 1 else torch.cat(_split_rows(gathered, lengths))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        lengths = ctx.lengths
+        if len(set(lengths)) > 1:
+            grad = torch.cat([_pad_rows(part, max(lengths)) for part in grad.split(lengths)])
+        return _reduce_scatter(grad, "sum", ctx.group)[: lengths[ctx.group.rank]], None, None
+
+
+def all_gather_sequence(x: Tensor, dim: int, lengths: Sequence[int], group: Group) -> Tensor:
+    """Concatenate every rank's part along `dim`.
+
+    Args:
+        x: This rank's part, size `lengths[group.rank]` along `dim`.
+        dim: The dimension to join.
+        lengths: Every rank's size along `dim`; they may differ.
+        group: The sequence group.
+
+    Returns:
+        The whole tensor, size `sum(lengths)` along `dim`, contiguous when `dim == 0`.
+    """
+    rows = x.movedim(dim, 0)
+    return _AllGatherRows.apply(rows, tuple(lengths), group).movedim(0, dim)
+
+
+def stack_across(x: Tensor, group: Group) -> Tensor:
+    """Stack every rank's equally shaped `x` along a new dim 0: shape `(group.size, *x.shape)`."""
+    return all_gather_sequence(x.unsqueeze(0), 0, (1,) * group.size, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, output_splits: tuple[int, ...], input_splits: tuple[int, ...], group: Group
+    ) -> Tensor:
+        ctx.splits, ctx.group = (output_splits, input_splits), group
+        return _all_to_all(x, output_splits, input_splits, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        output_splits, input_splits = ctx.splits
+        return _all_to_all(grad, input_splits, output_splits, ctx.group), None, None, None
+
+
+def all_to_all(x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: Group) -> Tensor:
+    """Send `input_splits[r]` rows of `x` to rank `r` and receive `output_splits[r]` rows from it, in rank order."""
+    return _AllToAll.apply(x, tuple(output_splits), tuple(input_splits), group)
+
+
+class _AmaxAcross(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], keepdim: bool, sign: int, group: Group) -> Tensor:
+        local = x.amax(dims, keepdim=True) if sign > 0 else x.amin(dims, keepdim=True)
+        best = _all_reduce(local, "max" if sign > 0 else "min", group)
+        ties = (x == best) | (x.isnan() & best.isnan() if x.is_floating_point() else x == best)
+        ctx.save_for_backward(ties, _all_reduce(ties.sum(dims, keepdim=True), "sum", group))
+        ctx.dims, ctx.keepdim, ctx.group = dims, keepdim, group
+        return best if keepdim else best.squeeze(dims)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        ties, count = ctx.saved_tensors
+        grad = _all_reduce(grad, "sum", ctx.group)
+        if not ctx.keepdim:
+            for dim in sorted(ctx.dims):
+                grad = grad.unsqueeze(dim)
+        return ties * (grad / count), None, None, None, None
+
+
+def amax_across(x: Tensor, dims: Sequence[int], keepdim: bool, group: Group, *, minimum: bool = False) -> Tensor:
+    """Maximum (or minimum) of a sharded tensor over `dims`, one of which is sharded.
+
+    The gradient is shared evenly among all equal maxima on all ranks, as `torch.amax` does on one device.
+    """
+    dims = tuple(sorted(dim % x.ndim for dim in dims)) or tuple(range(x.ndim))
+    return _AmaxAcross.apply(x, dims, keepdim, -1 if minimum else 1, group)
+
+
+def broadcast_first(x: Tensor, group: Group) -> Tensor:
+    """Give every rank the value of the group's first rank; no gradient."""
+    return _ops.wait_tensor(_ops.broadcast(x.detach().contiguous(), group.first, group.name))
+
+
+class _AverageGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, "sum", ctx.group) / ctx.group.size, None
+
+
+def average_gradient(x: Tensor, group: Group) -> Tensor:
+    """Identity whose gradient is averaged over the group: a replicated parameter on use."""
+    return _AverageGradient.apply(x, group) if group.size > 1 else x
+
+
+class _GatherParameter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, num_rows: int, group: Group) -> Tensor:
+        ctx.rows, ctx.group = shard.shape[0], group
+        chunk = -(-num_rows // group.size)
+        return _all_gather(_pad_rows(shard, chunk), group)[:num_rows]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        group = ctx.group
+        chunk = -(-grad.shape[0] // group.size)
+        reduced = _reduce_scatter(_pad_rows(grad, chunk * group.size), "sum", group)
+        return reduced[: ctx.rows] / group.size, None, None
+
+
+def gather_parameter(shard: Tensor, num_rows: int, group: Group) -> Tensor:
+    """Gather a parameter sharded over dim 0; its gradient is averaged over the group and scattered.
+
+    Args:
+        shard: This rank's rows, cut as `torch.chunk` cuts `num_rows` rows (DTensor's `Shard(0)`); may have none.
+        num_rows: Rows of the whole parameter.
+        group: All ranks, data times sequence.
+    """
+    return _GatherParameter.apply(shard, num_rows, group)

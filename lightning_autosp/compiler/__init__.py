@@ -1,0 +1,15 @@
+"""The compiler: capture, plan, emit, compile. Knows nothing of Lightning.
+
+| file            | what it does                                                         |
+|-----------------|----------------------------------------------------------------------|
+| `capture.py`    | Dynamo's graph, normalised to functional ATen with symbolic shapes   |
+| `layout.py`     | where the sequence is in a tensor and which part each rank owns      |
+| `locality.py`   | asks PyTorch whether an operator is local                            |
+| `rules/`        | how operators run on shards, one file a family                       |
+| `demand.py`     | which form of each value is needed, backwards                        |
+| `emit.py`       | the graph of one rank, forwards                                      |
+| `specialise.py` | one program per set of sizes, cached                                 |
+| `backend.py`    | AOTAutograd and Inductor                                             |
+| `report.py`     | what was done                                                        |
+| `simulate.py`   | all ranks in one process                                             |
+"""

@@ -1,0 +1,179 @@
+"""Dynamo's graph, normalised: functional ATen operators with composites kept whole, and what the graph's inputs are.
+
+Dynamo records Python-level calls (methods, in-place updates, views of views). `capture` retraces them into one small vocabulary:
+`aten.linear`, `aten.scaled_dot_product_attention`, `aten.cross_entropy_loss` stay single nodes, in-place updates become
+functional, `no_grad` and autocast regions stay where they were, and every node keeps the user's source line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx import traceback as fx_traceback
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointPolicy
+
+from lightning_autosp import _compat
+from lightning_autosp.compiler.layout import as_expr
+
+__all__ = ["Captured", "capture"]
+
+
+@dataclass
+class Captured:
+    """A traced step and what planning must know of it."""
+
+    graph: fx.Graph
+    owner: fx.GraphModule
+    """Holds the constants and the bodies of opaque higher-order operators the graph refers to."""
+    placeholders: list[fx.Node]
+    symbols: frozenset[sympy.Symbol]
+    """The sequence symbols, in canonical form."""
+    replacements: dict[sympy.Symbol, sympy.Expr]
+    parameters: dict[fx.Node, str]
+    """Placeholders that are parameters, with their fully qualified names."""
+    trainable: set[fx.Node]
+    """Placeholders whose values require grad: anything computed from them is expensive to hold in full."""
+    mutated: list[fx.Node] = field(default_factory=list)
+    """Placeholders the step updates in place; the last outputs of the graph are their new values, in this order."""
+
+    def shape(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
+        return tuple(as_expr(size, self.replacements) for size in value.shape)
+
+    def expr(self, value: Any) -> sympy.Expr:
+        return as_expr(value, self.replacements)
+
+
+def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
+    """Normalise a Dynamo graph.
+
+    Args:
+        gm: The graph module Dynamo hands to a backend, while the backend runs.
+        parameter_names: `id(parameter) -> fully qualified name` for the parameters that gradients are reduced for.
+
+    Returns:
+        The graph with symbolic shapes in `node.meta["val"]`.
+    """
+    sources = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    values = [node.meta["example_value"] for node in sources]
+    examples = [_compat.example_of(node) for node in sources]
+    fake_mode = next((v.fake_mode for v in values if isinstance(v, torch.Tensor)), None)
+    if fake_mode is None:
+        fake_mode = torch._subclasses.FakeTensorMode()
+    _inline_checkpoints(gm)
+
+    mutated: list[int] = []
+
+    def run(*args: Any) -> tuple[Any, list[torch.Tensor]]:
+        with _compat.FunctionalTensorMode(pre_dispatch=True, export=True):
+            inputs = [_compat.to_fun(a) if isinstance(a, torch.Tensor) else a for a in args]
+            with fx_traceback.preserve_node_meta():
+                outputs = _Normalise(gm).run(*inputs)
+            outputs = pytree.tree_map_only(torch.Tensor, _compat.from_fun, outputs)
+            updates = []
+            for index, value in enumerate(inputs):
+                if isinstance(value, torch.Tensor) and _compat.has_data_mutation(value):
+                    mutated.append(index)
+                    updates.append(_compat.from_fun(value))
+        return outputs, updates
+
+    with fake_mode, fx_traceback.preserve_node_meta():
+        traced = _compat.make_fx(run, pre_dispatch=True, tracing_mode="real")(*values)
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    replacements = _compat.shape_replacements(fake_mode)
+
+    symbols: set[sympy.Symbol] = set()
+    for value, example in zip(values, examples, strict=True):
+        if isinstance(value, torch.Tensor) and isinstance(example, torch.Tensor):
+            for dim in _compat.dynamic_dims(example):
+                symbols |= as_expr(value.shape[dim], replacements).free_symbols
+    parameters = {
+        node: parameter_names[id(example)]
+        for node, example in zip(placeholders, examples, strict=True)
+        if id(example) in parameter_names
+    }
+    trainable = {
+        node for node, value in zip(placeholders, values, strict=True) if isinstance(value, torch.Tensor) and value.requires_grad
+    }
+    return Captured(
+        graph=traced.graph,
+        owner=traced,
+        placeholders=placeholders,
+        symbols=frozenset(symbols),
+        replacements=replacements,
+        parameters=parameters,
+        trainable=trainable | set(parameters),
+        mutated=[placeholders[index] for index in mutated],
+    )
+
+
+class _Normalise(fx.Interpreter):
+    """Runs Dynamo's graph for tracing; higher-order operators (`autograd.Function`, `flex_attention`) are recorded whole.
+
+    Tracing into an `autograd.Function` would record its forward and lose its backward.
+    """
+
+    def call_function(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self._record(target, tuple(args), kwargs)
+        return super().call_function(target, args, kwargs)  # type: ignore[arg-type]
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._node = n
+        return super().run_node(n)
+
+    def _record(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tracer = _compat.current_tracer()
+
+        def node_of(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return _compat.get_proxy_slot(_compat.from_fun(value), tracer).proxy.node
+            if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                return _compat.get_proxy_slot(value, tracer).force().node
+            if isinstance(value, fx.GraphModule):
+                name = f"opaque_body_{len(tracer.graph.nodes)}"
+                setattr(tracer.root, name, value)
+                return tracer.graph.get_attr(name)
+            return value
+
+        node = tracer.create_node("call_function", target, *pytree.tree_map(node_of, (args, kwargs)))
+        value = self._node.meta["example_value"]
+        _compat.track_tensor_tree(value, fx.Proxy(node, tracer), constant=None, tracer=tracer)
+        return pytree.tree_map_only(torch.Tensor, _compat.to_fun, value)
+
+
+def _inline_checkpoints(gm: fx.GraphModule) -> None:
+    """Replace `torch.utils.checkpoint` calls by their bodies, each operator tagged for recomputation."""
+    for node in list(gm.graph.nodes):
+        if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+            continue
+        body = getattr(gm, node.args[0].target)
+        _inline_checkpoints(body)
+        mapping = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[1:], strict=True))
+        with gm.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "placeholder":
+                    continue
+                if inner.op == "output":
+                    returned = fx.map_arg(inner.args[0], mapping.__getitem__)
+                    break
+                if inner.op == "get_attr":
+                    name = f"{node.name}_{inner.target}".replace(".", "_")
+                    setattr(gm, name, getattr(body, inner.target))
+                    copy = gm.graph.get_attr(name)
+                    copy.meta = dict(inner.meta)
+                else:
+                    copy = gm.graph.node_copy(inner, mapping.__getitem__)
+                    copy.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+                mapping[inner] = copy
+        for user in list(node.users):  # the operator returns a tuple, so every user picks one of its values
+            user.replace_all_uses_with(returned[user.args[1]])
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+    gm.graph.lint()
+    gm.recompile()

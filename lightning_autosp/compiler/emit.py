@@ -1,0 +1,242 @@
+"""Emitting the graph one rank runs, forwards in the original order.
+
+Everything is an integer here: the symbols have been replaced by one batch's sizes. Each value is emitted in every form that is asked for,
+right where it is computed, so that conversions stand in the same `no_grad` region as the value.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from lightning_autosp import collectives
+from lightning_autosp.collectives import Group
+from lightning_autosp.compiler.layout import Layout
+
+if TYPE_CHECKING:
+    from lightning_autosp.compiler.demand import Form, Plan
+
+__all__ = ["Emitter", "Program", "gather_layout", "slice_layout"]
+
+
+@dataclass
+class Program:
+    """The lowered graph of one rank for one set of sizes."""
+
+    module: fx.GraphModule
+    inputs: list[int]
+    """Indices of the captured graph's inputs that the module takes."""
+    rank_streams: bool
+    gathers: list[tuple[fx.Node, list[fx.Node]]] = field(default_factory=list)
+    """Values that were made whole by a collective, with who asked."""
+
+
+def slice_layout(x: Tensor, dim: int, outer: int, inner: int, start: int, stop: int) -> Tensor:
+    """Cut positions `[start, stop)` from a dimension of size `outer * length * inner`; the result is contiguous."""
+    if outer == inner == 1:
+        return x.narrow(dim, start, stop - start).contiguous()
+    split = x.unflatten(dim, (outer, -1, inner)).narrow(dim + 1, start, stop - start)
+    return split.contiguous().flatten(dim, dim + 2)
+
+
+def gather_layout(x: Tensor, dim: int, outer: int, inner: int, lengths: tuple[int, ...], group: Group) -> Tensor:
+    """Undo `slice_layout` over all ranks; the result is contiguous."""
+    if outer == inner == 1:
+        return collectives.all_gather_sequence(x, dim, lengths, group).contiguous()
+    split = x.unflatten(dim, (outer, -1, inner))
+    return collectives.all_gather_sequence(split, dim + 1, lengths, group).contiguous().flatten(dim, dim + 2)
+
+
+class Emitter:
+    """Builds one `Program`. Rules use its methods to read inputs and add calls."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sizes: Mapping[sympy.Symbol, int],
+        group: Group,
+        enter_parameter: Callable[[str], tuple[Any, tuple[Any, ...]]] | None = None,
+    ) -> None:
+        """Prepare to emit.
+
+        Args:
+            plan: What to emit.
+            sizes: The value of every symbol.
+            group: The sequence group, with this rank's place in it.
+            enter_parameter: `name -> (function, further arguments)`: how a graph input becomes the parameter it stands for.
+        """
+        self.plan, self.group = plan, group
+        self.sizes = {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
+        self.facts = plan.facts
+        self.enter_parameter = enter_parameter
+        self._graph = fx.Graph()
+        self._env: dict[tuple[fx.Node, Form], Any] = {}
+        self._meta: dict[str, Any] = {}
+        self._gathers: list[tuple[fx.Node, list[fx.Node]]] = []
+
+    # What rules use.
+
+    def get(self, node: Any, form: Form) -> fx.Node:
+        """Return a value that was asked for, in that form."""
+        return self._env[(node, form)]
+
+    def value(self, value: Any) -> Any:
+        """Return an argument whole: a node's value, or the constant it is."""
+        return self._map(value, {})
+
+    def arguments(self, node: fx.Node, needs: Mapping[fx.Node, Layout]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the node's arguments, the tensors in the forms of `needs` and sizes as integers."""
+        return self._map(node.args, needs), self._map(node.kwargs, needs)
+
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        node = self._graph.call_function(target, args, kwargs or {})
+        node.meta.update(self._meta)
+        return node
+
+    def integer(self, expr: sympy.Expr) -> int:
+        return int(expr.xreplace(self.sizes))
+
+    def size(self, layout: Layout) -> int:
+        """Return the global number of positions."""
+        return self.integer(layout.span.length)
+
+    def bounds(self, layout: Layout) -> tuple[tuple[int, int], ...]:
+        """Return every rank's `(start, stop)` positions."""
+        return tuple(layout.span.bounds(int(self.sizes[layout.span.symbol]), self.group.size))
+
+    def lengths(self, layout: Layout) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.bounds(layout))
+
+    def local_length(self, layout: Layout) -> int:
+        """Return this rank's number of positions."""
+        return self.lengths(layout)[self.group.rank]
+
+    def local_shape(self, node: fx.Node, layout: Layout) -> list[int]:
+        """Return the shape of this rank's part of a node's value."""
+        shape = [self.integer(size) for size in self.facts.shape(node)]
+        shape[layout.dim] = self.integer(layout.outer) * self.local_length(layout) * self.integer(layout.inner)
+        return shape
+
+    def reshape(self, source: Any, layout: Layout, out: Layout, node: fx.Node) -> fx.Node:
+        """View this rank's part in the shape that `node` gives the whole."""
+        return self.call(torch.ops.aten.reshape.default, (self.get(source, layout), self.local_shape(node, out)))
+
+    # The walk.
+
+    def emit(self) -> Program:
+        captured = self.plan.captured
+        module = fx.GraphModule({}, fx.Graph())
+        inputs = self._emit_placeholders()
+        entries = self._parameter_entries()
+        for node in captured.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            for parameter in entries.get(node, ()):
+                self._emit_parameter(parameter)
+            if node.op == "get_attr":
+                setattr(module, node.target, getattr(captured.owner, node.target))
+            if node in self.plan.demands:
+                self._emit_node(node)
+        outputs, updates = captured.graph.output_node().args[0]  # type: ignore[misc]
+        values = self._map(outputs, {})
+        for placeholder, update in zip(captured.mutated, updates, strict=True):  # type: ignore[arg-type]
+            self.call(torch.ops.aten.copy_.default, (self._raw[placeholder], self.get(update, None)))
+        self._graph.output(tuple(pytree.tree_leaves(values, is_leaf=lambda leaf: leaf is None)))
+        self._graph.lint()
+        module.graph = self._graph
+        return Program(module, inputs, self.plan.rank_streams, self._gathers)
+
+    def _emit_placeholders(self) -> list[int]:
+        inputs = []
+        self._raw: dict[fx.Node, fx.Node] = {}
+        for index, node in enumerate(self.plan.captured.placeholders):
+            used = node in self.plan.demands or node in self.plan.captured.mutated
+            if isinstance(node.meta["val"], Tensor) and used:
+                inputs.append(index)
+                self._raw[node] = self._graph.placeholder(node.name)
+        for node, raw in self._raw.items():
+            if node not in self.plan.captured.parameters or self.enter_parameter is None:
+                self._provide(node, None, raw)
+        return inputs
+
+    def _parameter_entries(self) -> dict[fx.Node, list[fx.Node]]:
+        """Return where each parameter enters: before its first use, but outside `no_grad`, which would cut its gradient."""
+        if self.enter_parameter is None:
+            return {}
+        pending = {node for node in self.plan.captured.parameters if node in self._raw}
+        entries: dict[fx.Node, list[fx.Node]] = {}
+        region: fx.Node | None = None
+        for node in self.plan.captured.graph.nodes:
+            if node.target is torch._C._set_grad_enabled:
+                region = None if node.args[0] else region or node
+            for source in node.all_input_nodes:
+                if source in pending:
+                    pending.discard(source)
+                    entries.setdefault(region or node, []).append(source)
+        return entries
+
+    def _emit_parameter(self, node: fx.Node) -> None:
+        assert self.enter_parameter is not None
+        self._meta = {}
+        target, args = self.enter_parameter(self.plan.captured.parameters[node])
+        self._provide(node, None, self.call(target, (self._raw[node], *args)))
+
+    def _emit_node(self, node: fx.Node) -> None:
+        self._meta = {key: node.meta[key] for key in ("stack_trace", "recompute", "nn_module_stack") if key in node.meta}
+        sharding = self.plan.shardings.get(node)
+        if node.op == "get_attr":
+            self._provide(node, None, self._graph.get_attr(node.target))  # type: ignore[arg-type]
+        elif node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            picked = self.call(operator.getitem, (self.get(node.args[0], None), node.args[1]))
+            self._provide(node, sharding.output if sharding else None, picked)  # type: ignore[arg-type]
+        elif node in self.plan.broadcast:
+            self._provide(node, None, self.plan.broadcast[node](self, node))
+        elif sharding is None:
+            args, kwargs = self.arguments(node, {})
+            self._provide(node, None, self.call(node.target, args, kwargs))
+        else:
+            if sharding.emit is not None:
+                value = sharding.emit(self, node)
+            else:
+                value = self.call(node.target, *self.arguments(node, sharding.needs))
+            form = None if isinstance(sharding.output, tuple) else sharding.output
+            self._provide(node, form, value)
+
+    def _provide(self, node: fx.Node, form: Form, value: Any) -> None:
+        """Record a value in the form it was computed in and convert it to the others that are asked for."""
+        self._env[(node, form)] = value
+        others = [other for other in self.plan.demands.get(node, {}) if other != form]
+        if not others:
+            return
+        if form is not None:
+            lengths, dims = self.lengths(form), (form.dim, self.integer(form.outer), self.integer(form.inner))
+            value = self._env[(node, None)] = self.call(gather_layout, (value, *dims, lengths, self.group))
+            askers = [asker for other in others for asker in self.plan.demands[node][other]]
+            self._gathers.append((node, askers))
+        for other in others:
+            if other is not None:
+                start, stop = self.bounds(other)[self.group.rank]
+                dims = (other.dim, self.integer(other.outer), self.integer(other.inner))
+                self._env[(node, other)] = self.call(slice_layout, (value, *dims, start, stop))
+
+    def _map(self, value: Any, needs: Mapping[fx.Node, Layout]) -> Any:
+        def one(node: fx.Node) -> Any:
+            known = node.meta.get("val")
+            if isinstance(known, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                expr = self.facts.captured.expr(known).xreplace(self.sizes)
+                if not expr.free_symbols:
+                    return int(expr) if isinstance(known, torch.SymInt) else _number(expr)
+            return self.get(node, needs.get(node))
+
+        return fx.map_arg(value, one)
+
+
+def _number(expr: Any) -> float | bool:
+    return bool(expr) if expr in (sympy.true, sympy.false) else float(expr)

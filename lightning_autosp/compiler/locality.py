@@ -1,0 +1,86 @@
+"""Is an operator local in the sequence? PyTorch is asked, not a table.
+
+The operator runs once on fake DTensors sharded along the sequence dimension. No communication and a sharded output means that every
+position is computed from its own; a `Partial` output means local work and then a reduction; anything else is not local.
+Answers are cached by operator, shapes and placements for the life of the process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils import _pytree as pytree
+
+__all__ = ["Argument", "is_pointwise", "placements_of"]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor argument as PyTorch is asked about it: global shape, dtype, and the dimension it is sharded on."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dim: int | None = None
+
+
+_cache: dict[Any, tuple[Placement, ...] | None] = {}
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether PyTorch declares the operator to compute each output element from the elements at its place."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def placements_of(target: Any, args: Any, kwargs: Any, mesh: DeviceMesh) -> tuple[Placement, ...] | None:
+    """Ask PyTorch how `target` treats sharded inputs.
+
+    Args:
+        target: An operator.
+        args: Its arguments, each tensor given as an `Argument` whose sharded size divides by the mesh size.
+        kwargs: Likewise.
+        mesh: A one-dimensional mesh; nothing is communicated on it.
+
+    Returns:
+        The placement of every output tensor, or `None` if the operator communicates or PyTorch cannot say.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    key = (target, tuple((type(leaf), leaf) for leaf in leaves), str(spec))
+    try:
+        if key not in _cache:
+            _cache[key] = _ask(target, leaves, spec, mesh)
+    except TypeError:  # an unhashable argument
+        return _ask(target, leaves, spec, mesh)
+    return _cache[key]
+
+
+def _ask(target: Any, leaves: list[Any], spec: Any, mesh: DeviceMesh) -> tuple[Placement, ...] | None:
+    ranks = mesh.size()
+
+    def build(leaf: Any) -> Any:
+        if not isinstance(leaf, Argument):
+            return leaf
+        shape, placement = list(leaf.shape), Replicate()
+        if leaf.dim is not None:
+            shape[leaf.dim], placement = shape[leaf.dim] // ranks, Shard(leaf.dim)  # type: ignore[assignment]
+        local = torch.empty(shape, dtype=leaf.dtype, device=mesh.device_type)
+        return DTensor.from_local(local, mesh, [placement], run_check=False)
+
+    try:
+        with FakeTensorMode(), torch.no_grad(), CommDebugMode() as communication:
+            args, kwargs = pytree.tree_unflatten([build(leaf) for leaf in leaves], spec)
+            outputs = target(*args, **kwargs)
+    except Exception:  # noqa: BLE001 -- any refusal of DTensor's means "not known to be local"
+        return None
+    if communication.get_total_counts():
+        return None
+    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    if not all(isinstance(tensor, DTensor) for tensor in tensors):
+        return None
+    return tuple(tensor.placements[0] for tensor in tensors)

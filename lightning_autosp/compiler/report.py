@@ -1,0 +1,281 @@
+"""What the compiler did, for people and for tests."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from lightning_autosp.compiler.emit import Emitter, Program
+
+__all__ = ["MASK_LIMIT_BYTES", "GraphBreak", "Report", "StepReport", "StrictModeError", "user_line"]
+
+MiB = 2**20
+MASK_LIMIT_BYTES = 64 * MiB
+"""The largest unproven attention mask that `strict=True` lets pass."""
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_NOT_THE_USERS = ("/torch/", "/lightning/", "/lightning_autosp/", "/torchmetrics/")
+
+
+class StrictModeError(RuntimeError):
+    """`strict=True` and something would run unsharded."""
+
+
+def user_line(node: fx.Node) -> str:
+    """Return `file:line` of the innermost frame that is neither torch's nor Lightning's."""
+    frames = [(m["file"], int(m["line"])) for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+    own = [frame for frame in frames if not any(part in frame[0] for part in _NOT_THE_USERS)]
+    chosen = (own or frames or [("<unknown>", 0)])[-1]
+    return f"{chosen[0]}:{chosen[1]}"
+
+
+def _source(where: str) -> str:
+    file, _, line = where.rpartition(":")
+    return linecache.getline(file, int(line)).strip()
+
+
+@dataclass
+class Whole:
+    """A value that was gathered, or an operator that ran in full."""
+
+    name: str
+    where: str
+    source: str
+    bytes: int
+    reason: str
+
+
+@dataclass
+class Attention:
+    where: str
+    method: str
+    mask_bytes: int
+    """Size of a mask that is kept whole; 0 if there is none."""
+    mask_proven: bool
+
+
+@dataclass
+class GraphBreak:
+    where: str
+    reason: str
+
+
+@dataclass
+class StepReport:
+    """One program: a step kind at one set of sizes.
+
+    Attributes:
+        kind: `training_step`, `validation_step`, ...
+        length: Positions of the sequence; 0 if no dimension of the batch stayed symbolic.
+        sizes: The value of every symbol.
+        num_local: Operators that run on this rank's part.
+        num_reductions: Operators that run on the part and then join the parts: reductions and losses.
+        num_data: Operators on data that met no parameter; every rank runs them whole.
+        gathered: Values of the model that were made whole by a collective.
+        in_full: Operators of the model that every rank runs on the whole sequence, for want of a rule.
+        attention: Every attention call.
+        collectives: `name -> (count, bytes)` a rank and step, forward and backward, as far as they have been compiled.
+        compile_s: Seconds from the captured graph to a callable forward.
+
+    """
+
+    kind: str
+    length: int
+    sizes: dict[str, int]
+    num_ranks: int
+    num_local: int = 0
+    num_reductions: int = 0
+    num_data: int = 0
+    gathered: list[Whole] = field(default_factory=list)
+    in_full: list[Whole] = field(default_factory=list)
+    attention: list[Attention] = field(default_factory=list)
+    collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
+    compile_s: float = 0.0
+
+    @classmethod
+    def of(cls, kind: str, emitter: Emitter, program: Program, symbols: Iterable[sympy.Symbol]) -> StepReport:
+        """Read a program's report off what was planned and emitted."""
+        plan, facts = emitter.plan, emitter.facts
+        lengths = [int(emitter.sizes[s]) for s in symbols if s in emitter.sizes]
+        entry = cls(
+            kind,
+            max(lengths, default=0),
+            {str(symbol): int(size) for symbol, size in emitter.sizes.items()},
+            emitter.group.size,
+        )
+        for node in facts.captured.graph.nodes:
+            if node.op != "call_function" or node not in plan.demands:
+                continue
+            sharding = plan.shardings.get(node)
+            touched = facts.has_sequence(node) or any(facts.has_sequence(source) for source in node.all_input_nodes)
+            if sharding is not None:
+                if sharding.kind == "attention":
+                    entry.attention.append(_attention(node, sharding.note, emitter))
+                elif sharding.kind == "local":
+                    entry.num_local += 1
+                else:
+                    entry.num_reductions += 1
+            elif any(facts.has_sequence(source) and source in facts.trained for source in node.all_input_nodes):
+                if emitter.group.size > 1 and isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
+                    entry.in_full.append(_whole(node, emitter, "no rule keeps it sharded"))
+            elif touched:
+                entry.num_data += 1
+        for node, askers in program.gathers:
+            entry.gathered.append(_whole(node, emitter, _reason(askers)))
+        if emitter.group.size > 1 and not facts.symbols:
+            entry.in_full.insert(0, Whole("the whole step", "<batch>", "", 0, _why_unsharded(lengths, emitter.group.size)))
+        return entry
+
+    def count_collectives(self, gm: fx.GraphModule) -> None:
+        """Add the collectives of a compiled forward or backward graph."""
+        for node in gm.graph.nodes:
+            target = node.target
+            if node.op != "call_function" or getattr(target, "namespace", "") != "_c10d_functional":
+                continue
+            name = target._schema.name.split("::")[1]
+            if name == "wait_tensor":
+                continue
+            sent = node.args[0].meta.get("val")
+            size = sent.numel() * sent.element_size() if isinstance(sent, torch.Tensor) else 0
+            count, total = self.collectives.get(name, (0, 0))
+            self.collectives[name] = (count + 1, total + size)
+
+    def refuse_fallbacks(self) -> None:
+        """Raise for anything that runs in full.
+
+        Raises:
+            StrictModeError: Naming the first such line and how many there are.
+        """
+        if self.in_full:
+            first = self.in_full[0]
+            raise StrictModeError(
+                f"strict=True: {self.kind} at length {self.length} computes {len(self.in_full)} operator(s) in full. The first is "
+                f"{first.name} at {first.where} ({first.source!r}): {first.reason}. Rewrite the line, or use strict=False."
+            )
+        for call in self.attention:
+            if call.mask_bytes > MASK_LIMIT_BYTES and not call.mask_proven:
+                raise StrictModeError(
+                    f"strict=True: the attention mask at {call.where} is {call.mask_bytes / MiB:.0f} MiB on every rank and is "
+                    f"{call.method}. Build it from positions (torch.arange), pass is_causal=True, or use strict=False."
+                )
+
+
+def _why_unsharded(lengths: list[int], num_ranks: int) -> str:
+    if not lengths:
+        return "the code fixes the sequence length, so no dimension could be followed"
+    return f"length {max(lengths)} leaves some of {num_ranks} ranks without a position"
+
+
+def _attention(node: fx.Node, note: str, emitter: Emitter) -> Attention:
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    kept = isinstance(mask, fx.Node) and "kept" in note
+    size = _bytes(mask, emitter) if kept else 0  # type: ignore[arg-type]
+    return Attention(user_line(node), note, size, mask_proven="not proven" not in note)
+
+
+def _bytes(node: fx.Node, emitter: Emitter) -> int:
+    total = 0
+    for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(value, torch.Tensor):
+            size = value.element_size()
+            for dim in emitter.facts.captured.shape(value):
+                size *= emitter.integer(dim)
+            total += size
+    return total
+
+
+def _whole(node: fx.Node, emitter: Emitter, reason: str) -> Whole:
+    where = user_line(node)
+    return Whole(str(node.target), where, _source(where), _bytes(node, emitter), reason)
+
+
+def _reason(askers: list[fx.Node]) -> str:
+    if all(asker.op == "output" for asker in askers):
+        return "returned, logged or recorded by the step"
+    asker = next(asker for asker in askers if asker.op != "output")
+    return f"wanted whole by {asker.target} at {user_line(asker)}"
+
+
+class Report:
+    """What was compiled so far. `str()` and `to_dict()` give it as text and as plain data."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+        self.breaks: list[GraphBreak] = []
+        self.notes: list[str] = []
+
+    def add(self, step: StepReport) -> None:
+        self.steps.append(step)
+
+    def num_graphs(self, kind: str) -> int:
+        """Return the number of graphs a step kind was cut into at one set of sizes (1 unless it broke)."""
+        kinds = [step.kind for step in self.steps]
+        return max((1 if not self.breaks else kinds.count(kind)), 0) if kind in kinds else 0
+
+    @property
+    def fallbacks(self) -> list[Whole]:
+        """Everything that ran in full, of all steps."""
+        return [whole for step in self.steps for whole in step.in_full]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists, dicts, strings and numbers."""
+        return {
+            "steps": [asdict(step) for step in self.steps],
+            "graph_breaks": [asdict(one) for one in self.breaks],
+            "notes": list(self.notes),
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return `(heading, text)` pairs, in the order they are printed."""
+        rows: list[tuple[str, str]] = []
+        for step in self.steps:
+            rows.append(
+                (
+                    f"{step.kind}, length {step.length}",
+                    f"{step.num_local} operators sharded over {step.num_ranks} ranks, {step.num_reductions} joined, "
+                    f"{step.num_data} on data, {len(step.gathered)} gathered, {len(step.in_full)} in full; "
+                    f"lowered in {step.compile_s:.2f} s",
+                )
+            )
+            for count, call in _grouped((f"{a.method} at {a.where}" for a in step.attention)):
+                rows.append(("  attention", f"{count} x {call}"))
+            for name, (count, size) in step.collectives.items():
+                rows.append(("  collective", f"{count} x {name}, {size / MiB:.2f} MiB a rank"))
+            for whole in step.gathered:
+                rows.append(("  gathered", f"{whole.name} at {whole.where}, {whole.bytes / MiB:.2f} MiB: {whole.reason}"))
+            for whole in step.in_full:
+                rows.append(("  in full", f"{whole.name} at {whole.where}, {whole.bytes / MiB:.2f} MiB: {whole.reason}"))
+        rows.extend(("graph break", f"{one.where}: {one.reason}") for one in self.breaks)
+        rows.extend(("note", note) for note in self.notes)
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(f"{heading:<32} {text}" for heading, text in self.rows())
+
+    def print(self) -> None:
+        """Print a table: with rich if it is installed, else as plain text."""
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            print(f"lightning-autosp\n{self}")  # noqa: T201
+            return
+        table = Table("step", "what runs", title="lightning-autosp", show_lines=False, title_justify="left")
+        for heading, text in self.rows():
+            table.add_row(heading, text)
+        Console().print(table)
+
+
+def _grouped(texts: Iterable[str]) -> list[tuple[int, str]]:
+    counts: dict[str, int] = {}
+    for text in texts:
+        counts[text] = counts.get(text, 0) + 1
+    return [(count, text) for text, count in counts.items()]

@@ -1,0 +1,120 @@
+"""What a rule says about one node, and the facts it can ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import sympy
+import torch
+from torch import fx
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
+
+from lightning_autosp.compiler.capture import Captured
+from lightning_autosp.compiler.layout import Layout, Span, affine_length, layout_of_shape
+
+if TYPE_CHECKING:
+    from lightning_autosp.compiler.emit import Emitter
+
+__all__ = ["Facts", "Rule", "Sharding", "shape_of", "tensor_inputs"]
+
+Kind = Literal["local", "reduction", "loss", "attention"]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How to compute one node from shards.
+
+    Attributes:
+        needs: Tensor inputs wanted as this rank's part, with the layout they are wanted in. All others are wanted in full.
+        output: The layout of the result; `None` if every rank computes the whole; a tuple for several outputs.
+        emit: Adds the nodes that compute it; `None` calls the operator itself on the parts.
+        kind: What the report counts it as.
+        note: What the report says of it.
+        unused: Inputs the emitted form does without.
+    """
+
+    needs: Mapping[fx.Node, Layout]
+    output: Layout | None | tuple[Layout | None, ...]
+    emit: Callable[[Emitter, fx.Node], Any] | None = None
+    kind: Kind = "local"
+    note: str = ""
+    unused: tuple[fx.Node, ...] = ()
+
+
+Rule = Callable[["Facts", fx.Node], "Sharding | None"]
+
+
+def shape_of(node: fx.Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the input nodes that hold one tensor, in order, each once."""
+    return [n for n in dict.fromkeys(node.all_input_nodes) if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+class Facts:
+    """What is known of a captured graph while rules are asked: symbolic shapes, layouts, what met a parameter."""
+
+    def __init__(self, captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh) -> None:
+        self.captured = captured
+        self.symbols = frozenset(symbols)
+        self.mesh = mesh
+        self.layouts: dict[fx.Node, Layout | None | tuple[Layout | None, ...]] = {}
+        self.trained: set[fx.Node] = set(captured.trainable)
+        """Nodes computed from something that requires grad; the others are data, cheap enough to hold in full."""
+        self._shapes: dict[fx.Node, tuple[sympy.Expr, ...]] = {}
+
+    def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
+        """Return a tensor's global shape in canonical symbols."""
+        if node not in self._shapes:
+            self._shapes[node] = self.captured.shape(node.meta["val"])
+        return self._shapes[node]
+
+    def expr(self, value: Any) -> sympy.Expr:
+        """Return a size argument (an integer, or the node of a SymInt) as an expression."""
+        return self.captured.expr(value.meta["val"] if isinstance(value, fx.Node) else value)
+
+    def layout(self, node: fx.Node) -> Layout | None:
+        found = self.layouts.get(node)
+        return found if isinstance(found, Layout) else None
+
+    def has_sequence(self, node: fx.Node) -> bool:
+        """Whether any size of the value depends on a sequence symbol."""
+        return any(
+            bool(size.free_symbols & self.symbols)
+            for value in pytree.tree_leaves(node.meta.get("val"))
+            if isinstance(value, torch.Tensor)
+            for size in self.captured.shape(value)
+        )
+
+    def sequence_dims(self, node: fx.Node) -> list[int]:
+        return [dim for dim, size in enumerate(self.shape(node)) if size.free_symbols & self.symbols]
+
+    def shape_layout(self, shape: Iterable[sympy.Expr]) -> Layout | None:
+        return layout_of_shape(tuple(shape), self.symbols)
+
+    def span_of(self, size: sympy.Expr) -> Span | None:
+        """Return the span of a size `symbol + c`, held from base position 0."""
+        found = affine_length(size, self.symbols)
+        return Span(found[0], 0, found[1]) if found else None
+
+    def reference(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, Layout] | None:
+        """Return the input whose layout decides: the first trained one, else the first with a layout."""
+        candidates = [(node, layout) for node in nodes if (layout := self.layout(node)) is not None]
+        trained = [pair for pair in candidates if pair[0] in self.trained]
+        return next(iter(trained or candidates), None)
+
+    def fit(self, node: fx.Node, dim: int, like: Layout) -> Layout | None:
+        """Return the layout in which `node` can be sliced along `dim` to match `like`, or `None`."""
+        if self.shape(node)[dim] != like.size:
+            return None
+        own = self.layout(node)
+        if own is not None and own.dim == dim and (own.outer, own.inner) != (like.outer, like.inner):
+            return None
+        if like.merged and (own is None or own.dim != dim):
+            return None
+        return like.at(dim)

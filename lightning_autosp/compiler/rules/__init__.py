@@ -1,0 +1,32 @@
+"""Rules: how an operator runs on shards, one file a family.
+
+A rule is `rule(facts, node) -> Sharding | None`; `None` means the operator is computed in full from full inputs. `find` asks the
+family rule registered for the operator, and PyTorch itself (`generic`) for every operator without one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding
+from lightning_autosp.compiler.rules import attention, factories, indexing, loss, random, reductions, views
+from lightning_autosp.compiler.rules.generic import generic
+
+__all__ = ["find"]
+
+_families: dict[Any, Rule] = {
+    **views.RULES,
+    **factories.RULES,
+    **indexing.RULES,
+    **reductions.RULES,
+    **loss.RULES,
+    **attention.RULES,
+    **random.RULES,
+}
+
+
+def find(facts: Facts, node: fx.Node) -> Sharding | None:
+    """Return how to compute `node` from shards, or `None` if that is not known."""
+    return _families.get(node.target, generic)(facts, node)

@@ -1,0 +1,122 @@
+"""The rule for operators without one: pointwise by PyTorch's own tag, anything else by asking DTensor."""
+
+from __future__ import annotations
+
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.utils import _pytree as pytree
+
+from lightning_autosp.compiler.layout import Layout
+from lightning_autosp.compiler.locality import Argument, is_pointwise, placements_of
+from lightning_autosp.compiler.rule import Facts, Sharding, tensor_inputs
+from lightning_autosp.compiler.rules.partial import finish_partial
+
+__all__ = ["ask_pytorch", "generic", "pointwise"]
+
+aten = torch.ops.aten
+
+# Operators whose DTensor answer "average the partial results" is true of every position alike. A weighted mean (any loss that ignores
+# targets) gets the same answer and is not, so it needs a rule of its own.
+TRUE_MEANS = {aten.mean.default, aten.mean.dim}
+
+
+def generic(facts: Facts, node: fx.Node) -> Sharding | None:
+    if is_pointwise(node.target) and isinstance(node.meta.get("val"), torch.Tensor):
+        return pointwise(facts, node)
+    return ask_pytorch(facts, node)
+
+
+def pointwise(facts: Facts, node: fx.Node) -> Sharding | None:
+    """Every output element depends on the broadcast elements at its place."""
+    inputs = tensor_inputs(node)
+    shape = facts.shape(node)
+    found = facts.reference(inputs)
+    if found is None:
+        return None
+    reference, layout = found
+    out = layout.at(layout.dim + len(shape) - len(facts.shape(reference)))
+    if facts.sequence_dims(node) != [out.dim]:
+        return None
+    needs: dict[fx.Node, Layout] = {}
+    for value in inputs:
+        dim = out.dim - (len(shape) - len(facts.shape(value)))
+        if dim < 0 or facts.shape(value)[dim] == 1:
+            continue
+        fitted = facts.fit(value, dim, out)
+        if fitted is None:
+            return None
+        needs[value] = fitted
+    return Sharding(needs, out)
+
+
+def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
+    """Shard every sequence input, run the operator on DTensors, and read the answer off the output's placements."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    inputs = tensor_inputs(node)
+    found = facts.reference(inputs)
+    if found is None:
+        return None
+    layout = found[1]
+    needs: dict[fx.Node, Layout] = {}
+    for value in inputs:
+        own = facts.layout(value)
+        if own is not None:
+            fitted = facts.fit(value, own.dim, layout)
+            if fitted is None:
+                return None
+            needs[value] = fitted
+        elif facts.has_sequence(value):
+            return None
+    scalars = [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), (torch.Tensor, list, tuple))]
+    if any(facts.expr(n).free_symbols & facts.symbols for n in scalars if isinstance(n.meta.get("val"), torch.SymInt)):
+        return None  # a size argument: it would have to be made local, which only a rule knows how to do
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _argument(facts, n, needs.get(n), layout))
+    placements = placements_of(node.target, args, kwargs, facts.mesh)
+    if placements is None:
+        return None
+    values = pytree.tree_leaves(node.meta["val"])
+    outputs: list[Layout | None] = []
+    for value, placement in zip(values, placements, strict=True):
+        if isinstance(placement, Shard):
+            if facts.captured.shape(value)[placement.dim] != layout.size:
+                return None
+            outputs.append(layout.at(placement.dim))
+        elif isinstance(placement, Replicate):
+            outputs.append(None)
+        elif type(placement) is Partial and len(values) == 1:
+            op = placement.reduce_op
+            if op == "avg" and node.target not in TRUE_MEANS:
+                return None
+            return finish_partial(needs, layout, op)
+        else:
+            return None
+    single = isinstance(node.meta["val"], torch.Tensor)
+    return Sharding(needs, outputs[0] if single else tuple(outputs))
+
+
+def _argument(facts: Facts, node: fx.Node, layout: Layout | None, reference: Layout) -> Any:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return Argument(
+            tuple(_representative(size, reference, facts.mesh.size()) for size in facts.shape(node)),
+            value.dtype,
+            None if layout is None else layout.dim,
+        )
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return int(_representative(facts.expr(node), reference, facts.mesh.size()))
+    return value
+
+
+def _representative(size: sympy.Expr, layout: Layout, num_ranks: int) -> int:
+    """Replace symbols by small numbers: the sequence gets a length every rank has an equal part of."""
+    length = 4 * num_ranks
+    span = layout.span
+    values: dict[sympy.Symbol, int] = {span.symbol: length - span.end + span.begin}
+    values.update({symbol: 2 for symbol in size.free_symbols if symbol not in values})
+    return int(size.xreplace(values))

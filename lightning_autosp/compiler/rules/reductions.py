@@ -1,0 +1,146 @@
+"""Reductions over the sequence: reduce the part, then join the parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lightning_autosp import collectives
+from lightning_autosp.collectives import Group
+from lightning_autosp.compiler.emit import Emitter
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding
+from lightning_autosp.compiler.rules.generic import ask_pytorch
+from lightning_autosp.compiler.rules.partial import finish_partial
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def _reduced_dims(node: fx.Node, ndim: int) -> tuple[int, ...]:
+    """Return the dimensions an operator reduces, from its schema."""
+    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == "dim":
+            value: Any = node.args[index] if len(node.args) > index else node.kwargs.get("dim", argument.default_value)
+            dims = [value] if isinstance(value, int) else list(value or ())
+            if dims:
+                return tuple(sorted(dim % ndim for dim in dims))
+    return tuple(range(ndim))
+
+
+def _keepdim(node: fx.Node) -> bool:
+    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == "keepdim":
+            return bool(node.args[index] if len(node.args) > index else node.kwargs.get("keepdim", False))
+    return False
+
+
+def _rule(join: Any) -> Rule:
+    """Make a rule: over other dimensions the operator is local; over the sequence `join` says how."""
+
+    def rule(facts: Facts, node: fx.Node) -> Sharding | None:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        layout = facts.layout(source)
+        if layout is None:
+            return None
+        dims = _reduced_dims(node, len(facts.shape(source)))
+        if layout.dim not in dims:
+            return ask_pytorch(facts, node)
+        return join(source, layout, dims, _keepdim(node))
+
+    return rule
+
+
+def _linear(op: str) -> Any:
+    return lambda source, layout, dims, keepdim: finish_partial({source: layout}, layout, op)
+
+
+def _extremum(minimum: bool) -> Any:
+    def join(source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding:
+        def emit(em: Emitter, node: fx.Node) -> fx.Node:
+            args = (em.get(source, layout), dims, keepdim, em.group)
+            return em.call(collectives.amax_across, args, {"minimum": minimum})
+
+        return Sharding({source: layout}, None, emit, kind="reduction")
+
+    return join
+
+
+def _extremum_and_index(minimum: bool) -> Any:
+    def join(source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding | None:
+        if layout.merged:
+            return None
+
+        def emit(em: Emitter, node: fx.Node) -> fx.Node:
+            args = (em.get(source, layout), dims[0], keepdim, em.bounds(layout)[em.group.rank][0], em.group)
+            return em.call(max_with_index, args, {"minimum": minimum})
+
+        return Sharding({source: layout}, (None, None), emit, kind="reduction")
+
+    return join
+
+
+def _truth(every: bool) -> Any:
+    def join(source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding:
+        def emit(em: Emitter, node: fx.Node) -> fx.Node:
+            args = (em.get(source, layout), dims, keepdim, em.group)
+            return em.call(truth_across, args, {"every": every})
+
+        return Sharding({source: layout}, None, emit, kind="reduction")
+
+    return join
+
+
+def max_with_index(
+    x: Tensor, dim: int, keepdim: bool, offset: int, group: Group, *, minimum: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`torch.max(x, dim)` over a sharded `dim`: values, and indices counted over the whole sequence.
+
+    Args:
+        x: This rank's part.
+        dim: The sharded dimension.
+        keepdim: Whether to keep it, with size 1.
+        offset: Global position of the part's first element.
+        group: The sequence group.
+        minimum: Whether to return the minimum instead.
+    """
+    pick = torch.min if minimum else torch.max
+    value, index = pick(x, dim, keepdim=True)
+    values = collectives.stack_across(value, group)
+    indices = collectives.stack_across(index + offset, group)
+    best, owner = pick(values, 0, keepdim=True)
+    position = indices.gather(0, owner)
+    best, position = best.squeeze(0), position.squeeze(0)
+    return (best, position) if keepdim else (best.squeeze(dim), position.squeeze(dim))
+
+
+def truth_across(x: Tensor, dims: tuple[int, ...], keepdim: bool, group: Group, *, every: bool) -> Tensor:
+    """`torch.all` (`every`) or `torch.any` over dimensions one of which is sharded."""
+    wanted = x.logical_not() if every else x
+    for dim in sorted(dims, reverse=True):
+        wanted = wanted.any(dim, keepdim=keepdim)
+    found = collectives.all_reduce_sum(wanted.int(), group) > 0
+    return found.logical_not() if every else found
+
+
+RULES: dict[Any, Rule] = {
+    aten.sum.default: _rule(_linear("sum")),
+    aten.sum.dim_IntList: _rule(_linear("sum")),
+    aten.mean.default: _rule(_linear("avg")),
+    aten.mean.dim: _rule(_linear("avg")),
+    aten.amax.default: _rule(_extremum(minimum=False)),
+    aten.amin.default: _rule(_extremum(minimum=True)),
+    aten.max.default: _rule(_extremum(minimum=False)),
+    aten.min.default: _rule(_extremum(minimum=True)),
+    aten.max.dim: _rule(_extremum_and_index(minimum=False)),
+    aten.min.dim: _rule(_extremum_and_index(minimum=True)),
+    aten.any.default: _rule(_truth(every=False)),
+    aten.any.dim: _rule(_truth(every=False)),
+    aten.any.dims: _rule(_truth(every=False)),
+    aten.all.default: _rule(_truth(every=True)),
+    aten.all.dim: _rule(_truth(every=True)),
+    aten.all.dims: _rule(_truth(every=True)),
+}

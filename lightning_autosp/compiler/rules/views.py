@@ -1,0 +1,111 @@
+"""Views that merge, split or repeat dimensions, and operators that return several slices of one tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from lightning_autosp.compiler.emit import Emitter
+from lightning_autosp.compiler.layout import Layout
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def view(facts: Facts, node: fx.Node) -> Sharding | None:
+    """Find the output dimension that holds the sequence by counting the elements before and behind it."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    layout = facts.layout(source)
+    if layout is None:
+        return None
+    shape_in, shape_out = facts.shape(source), facts.shape(node)
+    before = sympy.prod(shape_in[: layout.dim]) * layout.outer
+    behind = sympy.prod(shape_in[layout.dim + 1 :]) * layout.inner
+    for dim, size in enumerate(shape_out):
+        if not size.free_symbols & {layout.span.symbol}:
+            continue
+        outer = sympy.cancel(before / sympy.prod(shape_out[:dim]))
+        inner = sympy.cancel(behind / sympy.prod(shape_out[dim + 1 :]))
+        out = Layout(dim, layout.span, outer, inner)
+        if _whole(outer) and _whole(inner) and out.size == size and facts.sequence_dims(node) == [dim]:
+            return Sharding({source: layout}, out, lambda em, n: em.reshape(n.args[0], layout, out, n))
+    return None
+
+
+def _whole(expr: sympy.Expr) -> bool:
+    """Whether a quotient of sizes is an integer for all sizes (its denominator cancelled)."""
+    return sympy.denom(sympy.together(expr)) == 1
+
+
+def expand(facts: Facts, node: fx.Node) -> Sharding | None:
+    """`expand` to a shape with one sequence dimension: expand to the local shape instead."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shape = facts.shape(node)
+    out = facts.shape_layout(shape)
+    if out is None:
+        return None
+    offset = len(shape) - len(facts.shape(source))
+    needs: dict[fx.Node, Layout] = {}
+    own = facts.layout(source)
+    if own is not None:
+        out = own.at(own.dim + offset)
+        if out.size != shape[out.dim]:
+            return None
+        needs[source] = own
+
+    def emit(em: Emitter, n: fx.Node) -> fx.Node:
+        value = em.get(source, needs.get(source))
+        return em.call(aten.expand.default, (value, em.local_shape(n, out)))
+
+    return Sharding(needs, out, emit)
+
+
+def pieces(facts: Facts, node: fx.Node) -> Sharding | None:
+    """`chunk`, `split`, `unbind` along another dimension: the same call on the part."""
+    source, dim = node.args[0], _dim_argument(node)
+    assert isinstance(source, fx.Node)
+    layout = facts.layout(source)
+    if layout is None:
+        return None
+    dim %= len(facts.shape(source))
+    if dim == layout.dim:
+        return None
+    removed = node.target is aten.unbind.int and dim < layout.dim
+    out = layout.at(layout.dim - removed)
+    return Sharding({source: layout}, (out,) * len(node.meta["val"]))
+
+
+def _dim_argument(node: fx.Node) -> int:
+    schema = node.target._schema  # type: ignore[union-attr]
+    for index, argument in enumerate(schema.arguments):
+        if argument.name == "dim":
+            value: Any = node.args[index] if len(node.args) > index else node.kwargs.get("dim", argument.default_value)
+            return int(value)
+    raise AssertionError(f"{node.target} has no argument 'dim'")
+
+
+RULES: dict[Any, Rule] = {
+    aten.view.default: view,
+    aten.reshape.default: view,
+    aten._unsafe_view.default: view,
+    aten.flatten.using_ints: view,
+    aten.unflatten.int: view,
+    aten.view_as.default: view,
+    aten.reshape_as.default: view,
+    aten.expand.default: expand,
+    aten.expand_as.default: expand,
+    aten.chunk.default: pieces,
+    aten.split.Tensor: pieces,
+    aten.split_with_sizes.default: pieces,
+    aten.split.sizes: pieces,
+    aten.tensor_split.sections: pieces,
+    aten.tensor_split.indices: pieces,
+    aten.unbind.int: pieces,
+}

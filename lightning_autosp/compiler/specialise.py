@@ -1,0 +1,176 @@
+"""From a captured step to callables: one program per set of sizes, compiled when first met and kept in a bounded cache."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_autosp import _compat
+from lightning_autosp.collectives import Group
+from lightning_autosp.compiler.backend import CompileBackend, compile_module
+from lightning_autosp.compiler.capture import Captured, capture
+from lightning_autosp.compiler.demand import Plan, make_plan
+from lightning_autosp.compiler.emit import Emitter
+from lightning_autosp.compiler.layout import ShardTooShortError
+from lightning_autosp.compiler.report import Report, StepReport
+
+__all__ = ["MAX_PROGRAMS", "Compiler", "LoweredStep", "Parameters"]
+
+MAX_PROGRAMS = 32
+"""Programs kept per captured step; the one unused for longest goes first."""
+
+
+class Parameters(Protocol):
+    """How graphs get at the module's parameters."""
+
+    def names(self) -> dict[int, str]:
+        """Return `id(parameter) -> name` for the tensors that stand for parameters while a step is traced."""
+
+    def enter(self, name: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        """Return the function, and its further arguments, that makes the whole parameter of what `held` gives."""
+
+    def held(self, name: str) -> Tensor:
+        """Return what this rank holds of a parameter, with autograd leading to it."""
+
+
+@dataclass
+class Compiler:
+    """A Dynamo backend that runs steps sequence-parallel.
+
+    Attributes:
+        mesh: The one-dimensional mesh of the sequence group.
+        group: The same group as graphs see it.
+        backend: What programs are compiled with.
+        report: Where every program is recorded.
+        kind: The step kind the next captured graphs belong to, for the report.
+        parameters: How parameters enter graphs; `None` if they were made whole before the step.
+        rank_seed: Distinguishes this rank's random stream from the others'.
+        strict: Whether anything computed in full raises.
+    """
+
+    mesh: DeviceMesh
+    group: Group
+    backend: CompileBackend
+    report: Report
+    kind: str
+    parameters: Parameters | None = None
+    rank_seed: int = 0
+    strict: bool = False
+    steps: list[LoweredStep] = field(default_factory=list)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured = capture(gm, self.parameters.names() if self.parameters else {})
+        step = LoweredStep(captured, self)
+        self.steps.append(step)
+        return step
+
+
+class LoweredStep:
+    """A captured graph, callable with real inputs."""
+
+    def __init__(self, captured: Captured, compiler: Compiler) -> None:
+        self.captured, self.compiler = captured, compiler
+        self._plans: dict[frozenset[sympy.Symbol], Plan] = {}
+        self._programs: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
+
+    def __call__(self, *inputs: Any) -> Any:
+        sizes = self.sizes(inputs)
+        # What AOTAutograd makes of a program depends on whether it has to prepare a backward.
+        key = (*sizes.items(), torch.is_grad_enabled())
+        if key not in self._programs:
+            self._programs[key] = self._compile(sizes, inputs)
+            if len(self._programs) > MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return self._programs[key](*inputs)
+
+    def sizes(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int]:
+        """Read the value of every symbol off the inputs."""
+        sizes: dict[sympy.Symbol, int] = {}
+        for node, value in zip(self.captured.placeholders, inputs, strict=True):
+            known = node.meta["val"]
+            if isinstance(value, Tensor):
+                pairs = zip(self.captured.shape(known), value.shape, strict=True)
+            else:
+                pairs = iter([(self.captured.expr(known), value)] if isinstance(known, torch.SymInt) else [])
+            for expr, size in pairs:
+                for symbol in expr.free_symbols - sizes.keys():
+                    solved = sympy.solve(expr - int(size), symbol)
+                    if len(expr.free_symbols) == 1 and len(solved) == 1:
+                        sizes[symbol] = int(solved[0])
+        return sizes
+
+    def plan(self, symbols: frozenset[sympy.Symbol]) -> Plan:
+        if symbols not in self._plans:
+            self._plans[symbols] = make_plan(self.captured, symbols, self.compiler.mesh)
+        return self._plans[symbols]
+
+    def emitter(self, sizes: dict[sympy.Symbol, int], group: Group, parameters: Parameters | None) -> Emitter:
+        """Return what emits the program of one rank, for sequences long enough to give every rank a part."""
+        ranks = group.size
+        symbols = frozenset(s for s in self.captured.symbols if sizes.get(s, 0) >= ranks) if ranks > 1 else frozenset()
+        return Emitter(self.plan(symbols), sizes, group, parameters.enter if parameters else None)
+
+    def _compile(self, sizes: dict[sympy.Symbol, int], inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiler, start = self.compiler, time.perf_counter()
+        emitter = self.emitter(sizes, compiler.group, compiler.parameters)
+        try:
+            program = emitter.emit()
+        except ShardTooShortError:
+            emitter = Emitter(self.plan(frozenset()), sizes, compiler.group, emitter.enter_parameter)
+            program = emitter.emit()
+        entry = StepReport.of(compiler.kind, emitter, program, self.captured.symbols)
+        if compiler.strict:
+            entry.refuse_fallbacks()
+        tensors = self._tensors(program.inputs, inputs)
+        run = compile_module(program.module, tensors, compiler.backend, entry.count_collectives)
+        entry.compile_s = time.perf_counter() - start
+        compiler.report.add(entry)
+        marks = _sequence_marks(emitter)
+
+        def call(*inputs: Any) -> Any:
+            with _rank_stream(compiler.rank_seed, inputs) if program.rank_streams else contextlib.nullcontext():
+                outputs = run(*self._tensors(program.inputs, inputs))
+            for index, dim in marks:  # should the graph have been cut here, the next one knows the sequence again
+                _compat.mark_dynamic(outputs[index], dim)
+            return outputs
+
+        return call
+
+    def _tensors(self, wanted: Sequence[int], inputs: Sequence[Any]) -> list[Tensor]:
+        parameters = self.compiler.parameters
+        tensors = []
+        for index in wanted:
+            name = self.captured.parameters.get(self.captured.placeholders[index])
+            tensors.append(inputs[index] if name is None or parameters is None else parameters.held(name))
+        return tensors
+
+
+def _sequence_marks(emitter: Emitter) -> list[tuple[int, int]]:
+    outputs = emitter.plan.captured.graph.output_node().args[0][0]  # type: ignore[index]
+    facts = emitter.facts
+    return [
+        (index, dim)
+        for index, node in enumerate(outputs)  # type: ignore[arg-type]
+        if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+        for dim in facts.sequence_dims(node)
+    ]
+
+
+@contextlib.contextmanager
+def _rank_stream(rank_seed: int, inputs: Sequence[Any]) -> Iterator[None]:
+    """Draw random numbers from a stream of this rank's own, and leave the common stream one draw further on all ranks."""
+    cuda = sorted({value.device.index for value in inputs if isinstance(value, Tensor) and value.device.type == "cuda"})
+    base = int(torch.randint(2**62, ()).item())
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed((base + 0x9E3779B97F4A7C15 * (rank_seed + 1)) % 2**63)
+        yield

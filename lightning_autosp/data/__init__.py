@@ -1,0 +1,1 @@
+"""What ranks load, and whether they agree on it."""

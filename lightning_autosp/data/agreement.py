@@ -1,0 +1,72 @@
+"""Do the ranks of a sequence group hold the same batch? Found out before any other collective."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["agree", "batch_error", "checksum"]
+
+
+def checksum(tensors: Sequence[Tensor]) -> int:
+    """Return a checksum of shapes, dtypes and contents."""
+    total = 0
+    for tensor in tensors:
+        total = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), total)
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total = zlib.crc32(memoryview(raw.numpy()), total)
+    return total
+
+
+def batch_error(tensors: Sequence[Tensor], sequence_dim: int, num_ranks: int) -> str | None:
+    """Return what is wrong with a batch, or `None`."""
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    lengths = [shape[sequence_dim] for shape in shapes if len(shape) > sequence_dim]
+    if not lengths:
+        return (
+            f"sequence_dim={sequence_dim} but no tensor of the batch has such a dimension; the shapes are {shapes or 'none'}. "
+            f"Pass AutoSPStrategy(sequence_dim=...) for batches that are laid out differently."
+        )
+    if max(lengths) < num_ranks:
+        return (
+            f"the batch's sequences have {max(lengths)} position(s), fewer than sequence_parallel_size={num_ranks}; the shapes are "
+            f"{shapes} with sequence_dim={sequence_dim}. Use fewer sequence ranks or longer sequences."
+        )
+    return None
+
+
+def agree(error: str | None, total: int, data_rank: int, device: torch.device) -> str | None:
+    """Compare batches over all ranks. A collective over the default group; every rank gets the same answer.
+
+    Args:
+        error: What this rank found wrong with its batch.
+        total: The checksum of its batch.
+        data_rank: Ranks with the same number have to hold the same batch.
+        device: Where the backend communicates.
+
+    Returns:
+        What is wrong with any rank's batch, or `None`.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    with torch.device(device):
+        dist.all_gather_object(everyone, (error, total, data_rank))
+    for rank, (problem, _, _) in enumerate(everyone):
+        if problem is not None:
+            return f"rank {rank}: {problem}"
+    totals: dict[int, dict[int, int]] = {}
+    for rank, (_, value, group) in enumerate(everyone):
+        totals.setdefault(group, {})[rank] = value
+    for group, by_rank in totals.items():
+        if len(set(by_rank.values())) > 1:
+            shown = ", ".join(f"rank {rank}: {value:08x}" for rank, value in by_rank.items())
+            return (
+                f"the ranks of sequence group {group} loaded different batches (checksums {shown}). They have to load the same samples: "
+                f"let Lightning inject its sampler, or shard custom samplers and IterableDatasets by "
+                f"trainer.strategy.data_parallel_rank of trainer.strategy.data_parallel_size, with random transforms seeded by it."
+            )
+    return None

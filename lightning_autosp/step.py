@@ -1,0 +1,170 @@
+"""Compiling a module's steps: one graph a step, logging deferred until it has returned."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported
+from torchmetrics import Metric
+
+from lightning_autosp import _compat
+from lightning_autosp.compiler.report import GraphBreak, StrictModeError
+from lightning_autosp.compiler.specialise import Compiler
+from lightning_autosp.parameters import ModuleParameters
+
+__all__ = ["CompiledStep", "batch_tensors", "mark_sequence"]
+
+
+def batch_tensors(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch, in order: nested lists, tuples, dicts, dataclasses."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def mark_sequence(batch: Any, sequence_dim: int) -> None:
+    """Give the sequence dimension of every tensor a symbol, and other dimensions of that length (an attention mask's) one each."""
+    tensors = [tensor for tensor in batch_tensors(batch) if tensor.ndim > sequence_dim]
+    length = max((tensor.shape[sequence_dim] for tensor in tensors), default=0)
+    batch_dim = 1 if sequence_dim == 0 else 0
+    for tensor in tensors:
+        for dim, size in enumerate(tensor.shape):
+            if dim == sequence_dim or (dim != batch_dim and size == length):
+                _compat.mark_dynamic(tensor, dim)
+
+
+class CompiledStep:
+    """One `*_step` method of a module, compiled.
+
+    The step is first compiled as a single graph. If that is impossible (Python looks at data), it is compiled in pieces around the
+    break, with parameters made whole before the step; if it keeps changing, it runs uncompiled. Each gives the one-device answer; the
+    report says which and why.
+    """
+
+    def __init__(self, module: LightningModule, kind: str, compiler: Compiler, parameters: ModuleParameters, sequence_dim: int) -> None:
+        self.module, self.kind, self.parameters, self.sequence_dim = module, kind, parameters, sequence_dim
+        self.compiler = replace(compiler, kind=kind, parameters=parameters, steps=[])
+        self._deferred = _Deferred(module)
+        self._mode = "whole"
+        self._run = torch.compile(self._user_step(), backend=self.compiler, fullgraph=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mark_sequence((args, kwargs), self.sequence_dim)
+        while True:
+            values = self.parameters.standing_in() if self._mode == "whole" else self.parameters.whole()
+            try:
+                with values, self._deferred.recording():
+                    result = self._run(*args, **kwargs)
+                break
+            except StrictModeError:
+                raise
+            except FailOnRecompileLimitHit as error:
+                self._change("eager", "the step keeps changing (a Python number that differs every time?)", error)
+            except TorchDynamoException as error:
+                if self._mode != "whole" or not isinstance(error, Unsupported):
+                    raise
+                self._change("pieces", _headline(error), error)
+        self._deferred.replay()
+        return result
+
+    def _user_step(self) -> Callable[..., Any]:
+        module, kind = self.module, self.kind
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return getattr(module, kind)(*args, **kwargs)
+
+        return step
+
+    def _change(self, mode: str, reason: str, error: BaseException) -> None:
+        where = _user_location(str(error))
+        if self.compiler.strict:
+            raise StrictModeError(f"strict=True: {self.kind} is not one graph. At {where}: {reason}") from error
+        self.compiler.report.breaks.append(GraphBreak(where, f"{self.kind}: {reason}"))
+        self._mode = mode
+        if mode == "eager":
+            self.compiler.report.notes.append(f"{self.kind} runs uncompiled and unsharded: right, but slow and large")
+            self._run = self._user_step()
+        else:
+            self._run = torch.compile(self._user_step(), backend=replace(self.compiler, parameters=None))
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def _user_location(message: str) -> str:
+    frames = [f"{file}:{line}" for file, line in _FRAME.findall(message) if "/lightning_autosp/step.py" not in file]
+    own = [frame for frame in frames if "/site-packages/" not in frame]
+    return (own or frames or ["<unknown>"])[-1]
+
+
+def _headline(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    explanation = next((line for line in lines if line.startswith("Explanation:")), "")
+    return " ".join([*lines[:1], explanation]).strip()
+
+
+class _Deferred:
+    """Calls that would break a graph (`self.log`, `metric.update`), queued while it runs and made when it has returned."""
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = module
+        self._metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
+        self._queue: list[tuple[Any, ...]] = []
+        queue = self._queue  # Dynamo replays appends to a list it reached through a closure
+
+        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            queue.append(("log", name, value, args, kwargs))
+
+        def log_dict(dictionary: Any, *args: Any, **kwargs: Any) -> None:
+            queue.append(("log_dict", dict(dictionary), args, kwargs))
+
+        self._replacements: list[tuple[Any, str, Any]] = [(module, "log", log), (module, "log_dict", log_dict)]
+        self._replacements += [(metric, "update", self._updater(index)) for index, metric in enumerate(self._metrics)]
+
+    def _updater(self, index: int) -> Callable[..., None]:
+        queue = self._queue
+
+        def update(*args: Any, **kwargs: Any) -> None:
+            queue.append(("update", index, args, kwargs))
+
+        return update
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Put the recorders in the place of the methods; nothing of them stays."""
+        self._queue.clear()
+        missing = object()
+        before = [(owner, name, owner.__dict__.get(name, missing)) for owner, name, _ in self._replacements]
+        for owner, name, recorder in self._replacements:
+            owner.__dict__[name] = recorder
+        try:
+            yield
+        finally:
+            for owner, name, value in before:
+                if value is missing:
+                    del owner.__dict__[name]
+                else:
+                    owner.__dict__[name] = value
+
+    def replay(self) -> None:
+        """Make the recorded calls, in order."""
+        queue, calls = self._queue, list(self._queue)
+        queue.clear()
+        for what, *rest in calls:
+            if what == "log":
+                name, value, args, kwargs = rest
+                self._module.log(name, value, *args, **kwargs)
+            elif what == "log_dict":
+                dictionary, args, kwargs = rest
+                self._module.log_dict(dictionary, *args, **kwargs)
+            else:
+                index, args, kwargs = rest
+                self._metrics[index].update(*args, **kwargs)

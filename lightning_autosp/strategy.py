@@ -1,0 +1,556 @@
+"""`AutoSPStrategy`: everything Lightning asks of a strategy, nothing about graphs.
+
+```python
+import lightning_autosp
+trainer = Trainer(devices=8, strategy="autosp")
+trainer.fit(module, datamodule)
+```
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_autosp import checkpoint as checkpoints
+from lightning_autosp.compiler.backend import resolve_backend
+from lightning_autosp.compiler.report import Report
+from lightning_autosp.compiler.specialise import Compiler
+from lightning_autosp.data.agreement import agree, batch_error, checksum
+from lightning_autosp.mesh import ParallelMesh, resolve_sizes
+from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
+from lightning_autosp.step import CompiledStep, batch_tensors
+
+__all__ = ["AutoSPStrategy"]
+
+ParameterSharding = Literal["auto", "replicate", "full"]
+AttentionMethod = Literal["auto", "ulysses"]
+Backend = Literal["auto", "inductor", "aot_eager"]
+StateDictType = Literal["full", "sharded"]
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+
+
+class AutoSPStrategy(ParallelStrategy):
+    """Trains an unmodified LightningModule with its sequences split over ranks; loss, gradients and logs are those of one device."""
+
+    # Lightning looks for this name to decide whether to inject samplers and to honour `sync_dist=True`.
+    is_distributed = True
+
+    def __init__(
+        self,
+        sequence_parallel_size: int | Literal["auto"] = "auto",
+        data_parallel_size: int | Literal["auto"] = "auto",
+        parameter_sharding: ParameterSharding = "auto",
+        attention: AttentionMethod = "auto",
+        sequence_dim: int = 1,
+        compile_backend: Backend = "auto",
+        strict: bool = False,
+        state_dict_type: StateDictType = "full",
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        start_method: StartMethod = "popen",
+        **kwargs: Any,
+    ) -> None:
+        """Configure the strategy; nothing is started yet.
+
+        Args:
+            sequence_parallel_size: Ranks that share one sequence. "auto": all that data parallelism leaves.
+            data_parallel_size: Groups of ranks that see different samples. "auto": 1, or what `sequence_parallel_size` leaves.
+            parameter_sharding: "replicate": every rank holds all parameters. "full": parameters, gradients and optimizer state are
+                sharded over all ranks; parameters are gathered on use, inside the graph. "auto": "full" with more than one rank.
+            attention: How attention sees the whole sequence. "auto" and "ulysses": ranks exchange their part of the sequence for a
+                part of the heads and back.
+            sequence_dim: The dimension of batch tensors that holds the sequence.
+            compile_backend: "inductor", or "aot_eager" to run compiled graphs operator by operator. "auto": Inductor on CUDA.
+            strict: Raise, with the line, if anything runs unsharded for want of a rule, if an attention mask above 64 MiB
+                is not proven, or if a step is not a single graph.
+            state_dict_type: "full": checkpoints are one file that plain Lightning reads. "sharded": a directory every rank writes its
+                part of. Both load on any number of ranks.
+            process_group_backend: "nccl", "gloo", ... Default: by device.
+            timeout: Of collectives. Default: torch's.
+            start_method: How processes start: "popen" (scripts), "spawn", "fork" (notebooks), "forkserver".
+            kwargs: Lightning's own: `accelerator`, `parallel_devices`, `cluster_environment`, `checkpoint_io`, `precision_plugin`.
+
+        Raises:
+            ValueError: If an option has a value that is not known.
+        """
+        super().__init__(**kwargs)
+        _require_size("sequence_parallel_size", sequence_parallel_size)
+        _require_size("data_parallel_size", data_parallel_size)
+        _require_choice("parameter_sharding", parameter_sharding, ParameterSharding)
+        _require_choice("attention", attention, AttentionMethod)
+        _require_choice("compile_backend", compile_backend, Backend)
+        _require_choice("state_dict_type", state_dict_type, StateDictType)
+        _require_choice("start_method", start_method, StartMethod)
+        if not isinstance(sequence_dim, int) or isinstance(sequence_dim, bool) or sequence_dim < 0:
+            raise ValueError(f"sequence_dim={sequence_dim!r} is not known. Use a dimension number, 0 or larger.")
+        self._asked_sizes = (data_parallel_size, sequence_parallel_size)
+        self._parameter_sharding = parameter_sharding
+        self._attention = attention
+        self._sequence_dim = sequence_dim
+        self._compile_backend = compile_backend
+        self._strict = strict
+        self._state_dict_type = state_dict_type
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._start_method = start_method
+        self.num_nodes = 1
+        self.report = Report()
+        """What the compiler did so far."""
+        self._printed = False
+        self._failed = False
+        self._mesh: ParallelMesh | None = None
+        self._parameters: ModuleParameters | None = None
+        self._steps: dict[str, CompiledStep] = {}
+        self._checked_stages: set[Any] = set()
+        self._metric_groups: list[tuple[Metric, Any]] = []
+
+    # Processes and ranks.
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """The name of the communication backend."""
+        return self._process_group_backend
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh with axes `data_parallel` and `sequence_parallel`."""
+        return self._meshes.mesh
+
+    @property
+    def _meshes(self) -> ParallelMesh:
+        if self._mesh is None:
+            raise RuntimeError("The device mesh does not exist before the Trainer has started its processes.")
+        return self._mesh
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of sequence groups, each with samples of its own."""
+        return self._meshes.data_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which of them this process is in: what to shard custom samplers by."""
+        return self._meshes.data_rank
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """Number of ranks that share one sequence."""
+        return self._meshes.sequence_size
+
+    @property
+    def sequence_parallel_rank(self) -> int:
+        """This process's place among them."""
+        return self._meshes.sequence_rank
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self._start_method == "popen":
+            if not self.cluster_environment.creates_processes_externally:
+                self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)  # type: ignore[arg-type]
+
+    def set_world_ranks(self) -> None:
+        """Tell the environment this process's place (called by Lightning's connector)."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        fabric_rank_zero_only.rank = rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        _refuse_module(model)
+        super().connect(model)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.set_world_ranks()
+        data, sequence = resolve_sizes(*self._asked_sizes, self.num_nodes * self.num_processes)  # type: ignore[arg-type]
+        reset_seed()
+        self._process_group_backend = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
+        assert self.cluster_environment is not None
+        options: dict[str, Any] = {} if self._timeout is None else {"timeout": self._timeout}
+        if self.root_device.type != "cpu":
+            options["device_id"] = self.root_device
+        _init_dist_connection(self.cluster_environment, self._process_group_backend, **options)
+        if self._mesh is None:
+            self._mesh = ParallelMesh.create(self.root_device.type, data, sequence)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._mesh.mesh
+
+    # Set-up and teardown.
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.model is not None
+        module = self.lightning_module
+        assert module is not None
+        self.accelerator.setup(trainer)
+        _refuse_module(module)
+        if self._layer_sync is not None:
+            raise MisconfigurationException(
+                "sync_batchnorm=True is not supported by strategy 'autosp': sequence groups already compute batch statistics over the "
+                "whole batch of their group. Use sync_batchnorm=False."
+            )
+        if trainer.state.fn == TrainerFn.FITTING and not module.automatic_optimization:
+            raise MisconfigurationException(
+                "automatic_optimization=False is not supported by strategy 'autosp': the step is compiled as one graph, which an "
+                "optimizer step in the middle would cut. Use automatic optimization."
+            )
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        meshes = self._meshes
+        _sync_module_states(module)
+        self._share_random_state()
+        sharding = self._parameter_sharding
+        sharded = sharding == "full" or (sharding == "auto" and self.world_size > 1)
+        self._parameters = ModuleParameters(module, meshes.flat, meshes.all_ranks(), sharded=sharded and self.world_size > 1)
+        for metric in (m for m in module.modules() if isinstance(m, Metric)):
+            self._metric_groups.append((metric, metric.process_group))
+            metric.process_group = metric.process_group or meshes.data_group
+        if trainer.state.fn == TrainerFn.FITTING:
+            # After an earlier fit, its optimizers still point at parameters that are no longer the module's.
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+        self._compiler = Compiler(
+            mesh=meshes.mesh["sequence_parallel"],
+            group=meshes.sequence(),
+            backend=resolve_backend(self._compile_backend, self.root_device),
+            report=self.report,
+            kind="",
+            rank_seed=self.global_rank,
+            strict=self._strict,
+        )
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def _share_random_state(self) -> None:
+        """Give all ranks of a sequence group the first one's random state: between graphs they are to do the same."""
+        group = self._meshes.sequence_group
+        first = dist.get_process_group_ranks(group)[0]
+        states = [torch.get_rng_state(), torch.cuda.get_rng_state(self.root_device) if self.root_device.type == "cuda" else None]
+        with torch.device(self.root_device):
+            dist.broadcast_object_list(states, src=first, group=group)
+        assert states[0] is not None
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], self.root_device)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._failed = True
+
+    @override
+    def teardown(self) -> None:
+        self._print_report()
+        self._steps.clear()
+        self._checked_stages.clear()
+        for metric, group in self._metric_groups:
+            metric.process_group = group
+        self._metric_groups.clear()
+        if self._parameters is not None:
+            self._parameters.restore(values=not self._failed)
+        self._parameters, self._failed = None, False
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Spawned processes get the strategy before it is set up; what setup makes cannot travel.
+        return {**super().__getstate__(), "_steps": {}, "_mesh": None, "_parameters": None, "_metric_groups": []}
+
+    # Data.
+
+    @override
+    def process_dataloader(self, dataloader: Any) -> Any:
+        if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", False) is None:
+            # Lightning would seed by global rank, and the ranks of a sequence group would augment differently.
+            dataloader.worker_init_fn = functools.partial(pl_worker_init_function, rank=self.data_parallel_rank)
+        return dataloader
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        module = self.lightning_module
+        if module is None or self._parameters is None:
+            return batch
+        stage = (module.trainer.state.stage, dataloader_idx)
+        tensors = batch_tensors(batch)
+        error = batch_error(tensors, self._sequence_dim, self.sequence_parallel_size)
+        if stage not in self._checked_stages and self.world_size > 1:
+            self._checked_stages.add(stage)
+            error = agree(error, checksum(tensors), self.data_parallel_rank, self.root_device)
+        if error is not None:
+            raise MisconfigurationException(f"{module.trainer.state.stage.value}: {error}")  # type: ignore[union-attr]
+        return batch
+
+    def verify_batch(self, batch: Any) -> None:
+        """Compare a batch over the ranks, as is done for the first one of each stage. Every rank has to call it.
+
+        Raises:
+            MisconfigurationException: If the batch is unfit, or ranks of a sequence group hold different ones.
+        """
+        tensors = batch_tensors(batch)
+        found = batch_error(tensors, self._sequence_dim, self.sequence_parallel_size)
+        error = agree(found, checksum(tensors), self.data_parallel_rank, self.root_device)
+        if error is not None:
+            raise MisconfigurationException(error)
+
+    # Steps.
+
+    def _step(self, kind: str, context: AbstractContextManager[None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.lightning_module
+        assert module is not None
+        assert self._parameters is not None
+        if kind not in self._steps:
+            self._steps[kind] = CompiledStep(module, kind, self._compiler, self._parameters, self._sequence_dim)
+        with context:
+            return self._steps[kind](*args, **kwargs)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._step("training_step", self.precision_plugin.train_step_context(), args, kwargs)
+        loss = result["loss"] if isinstance(result, Mapping) and "loss" in result else result
+        if isinstance(loss, Tensor):
+            _refuse_loss(loss)
+        return result
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("validation_step", self.precision_plugin.val_step_context(), args, kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("test_step", self.precision_plugin.test_step_context(), args, kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("predict_step", self.precision_plugin.predict_step_context(), args, kwargs)
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        self._print_report()
+
+    def _print_report(self) -> None:
+        if not self._printed and self.report.steps and self.is_global_zero:
+            self.report.print()
+        self._printed = self._printed or bool(self.report.steps)
+
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Give the module whole parameters for code outside the steps (sampling text in a callback). Every rank has to enter it."""
+        assert self._parameters is not None, "only while the Trainer runs"
+        return self._parameters.whole()
+
+    # Communication.
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if _distributed_is_initialized():
+            device_ids = [self.root_device.index] if dist.get_backend() == "nccl" else None
+            dist.barrier(device_ids=device_ids)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not _distributed_is_initialized():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    @override
+    def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over the data axis by default: the ranks of a sequence group already hold the same value."""
+        if isinstance(tensor, Tensor):
+            return _sync_ddp_if_available(tensor, group or self._meshes.data_group, reduce_op=reduce_op)
+        return tensor
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """Gather over the data axis by default, so that no sample appears twice."""
+        return super().all_gather(tensor, group=group or self._meshes.data_group, sync_grads=sync_grads)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        # Over every rank, not the data axis: the base class compares the sum with the world size.
+        votes = torch.tensor(int(decision), device=self.root_device)
+        if _distributed_is_initialized():
+            dist.all_reduce(votes)
+        return bool(votes == self.world_size) if all else bool(votes)
+
+    # Checkpoints.
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        module = self.lightning_module
+        assert module is not None
+        if self._parameters is None or not self._parameters.sharded:
+            return module.state_dict()
+        if self._state_dict_type == "sharded":
+            return {}
+        state = gather_to_cpu(module.state_dict(), keep=self.is_global_zero)
+        return state if self.is_global_zero else {}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        return {} if self._state_dict_type == "sharded" else checkpoints.optimizer_state(optimizer, keep=self.is_global_zero)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None) -> None:
+        path = Path(self.broadcast(filepath))  # names may hold metrics, which ranks may format differently
+        if self._state_dict_type == "full":
+            if checkpoints.is_distributed_checkpoint(path):
+                raise IsADirectoryError(f"{path} is a distributed checkpoint; state_dict_type='full' writes a file. Choose another path.")
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        if storage_options is not None:
+            raise TypeError("storage_options has no effect with state_dict_type='sharded', which torch.distributed.checkpoint writes")
+        assert self.lightning_module is not None
+        checkpoints.save_distributed(checkpoint, path, self.lightning_module, self.optimizers, is_first=self.is_global_zero)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        torch.cuda.empty_cache()
+        path = Path(self.broadcast(checkpoint_path))
+        if checkpoints.is_distributed_checkpoint(path):
+            assert self.lightning_module is not None
+            return checkpoints.load_distributed_module(path, self.lightning_module, weights_only=weights_only)
+        return super().load_checkpoint(path, weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if self._parameters is None:
+            module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        else:
+            self._parameters.load(checkpoint["state_dict"], strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.lightning_module is not None
+        assert self._parameters is not None
+        if "distributed_path" in checkpoint:
+            checkpoints.load_distributed_optimizers(Path(checkpoint["distributed_path"]), self.lightning_module, self.optimizers)
+            return
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            checkpoints.load_optimizer(optimizer, state, self._parameters)
+        _optimizers_to_device(self.optimizers, self.root_device)
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        for name, method in {"autosp": "popen", "autosp_spawn": "spawn", "autosp_fork": "fork", "autosp_notebook": "fork"}.items():
+            if name not in strategy_registry:
+                strategy_registry.register(name, cls, description=f"Sequence parallel, processes by {method}", start_method=method)
+
+
+def _require_size(name: str, value: Any) -> None:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name}={value!r} is not known. Use 'auto' or a number of ranks, 1 or larger.")
+
+
+def _require_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value!r} is not known. Use one of {', '.join(map(repr, get_args(choices)))}.")
+
+
+def _refuse_module(module: nn.Module) -> None:
+    """Raise for a module that something else already compiles, wraps or shards."""
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise MisconfigurationException(
+            f"{type(module).__name__} is already compiled. Strategy 'autosp' compiles the steps itself: pass the module without torch.compile."
+        )
+    for name, submodule in module.named_modules():
+        where = f"submodule {name!r}" if name else type(module).__name__
+        if isinstance(submodule, OptimizedModule) or getattr(submodule, "_compiled_call_impl", None) is not None:
+            raise MisconfigurationException(
+                f"{where} is already compiled. Strategy 'autosp' compiles the steps itself: leave torch.compile away."
+            )
+        if isinstance(submodule, (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)):
+            raise MisconfigurationException(
+                f"{where} is already wrapped by {type(submodule).__name__}. Strategy 'autosp' shards parameters and reduces gradients "
+                f"itself: pass plain modules."
+            )
+    placed = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
+    if placed:
+        plain = [name for name, parameter in module.named_parameters() if not isinstance(parameter, DTensor)]
+        mixture = f", others ({plain[0]!r}, ...) are plain" if plain else ""
+        raise MisconfigurationException(
+            f"{len(placed)} parameter(s) ({placed[0]!r}, ...) are DTensors already{mixture}. Strategy 'autosp' needs plain parameters: it "
+            f"shards them itself (parameter_sharding='full')."
+        )
+
+
+def _refuse_loss(loss: Tensor) -> None:
+    if loss.numel() != 1:
+        raise MisconfigurationException(
+            f"training_step returned a loss of shape {tuple(loss.shape)}; it has to be a scalar. Reduce it with .mean() or .sum()."
+        )
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            "training_step returned a loss without a gradient: it was detached, computed under torch.no_grad(), or depends on no parameter."
+        )

@@ -1,0 +1,178 @@
+"""The LightningModules the end-to-end tests train: what users write, with nothing of ours in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.classification import MulticlassAccuracy
+
+VOCABULARY, WIDTH, HEADS = 31, 32, 4
+
+
+class Tokens(Dataset[dict[str, Tensor]]):
+    """Seeded random samples: token ids, labels with ignored spans, a class and per-token targets."""
+
+    def __init__(self, num_samples: int, length: int, *, ignore_half: bool = False) -> None:
+        random = torch.Generator().manual_seed(num_samples * 1009 + length)
+        self.ids = torch.randint(0, VOCABULARY, (num_samples, length), generator=random)
+        self.labels = self.ids.clone()
+        self.labels[:, length // 4 : length // 3] = -100
+        if ignore_half:
+            self.labels[:, : length // 2 + 3] = -100
+        self.targets = torch.randn(num_samples, length, generator=random)
+        self.classes = torch.randint(0, 3, (num_samples,), generator=random)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: getattr(self, name)[index] for name in ("ids", "labels", "targets", "classes")}
+
+
+def loader(num_samples: int, length: int, batch_size: int = 2, **options: Any) -> DataLoader[Any]:
+    return DataLoader(Tokens(num_samples, length, **options), batch_size=batch_size)
+
+
+class Block(nn.Module):
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (t.view(batch, length, HEADS, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.dropout(self.out(a.transpose(1, 2).reshape(batch, length, WIDTH)))
+        return x + self.mlp(self.norm2(x))
+
+
+class Base(LightningModule):
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.lr = lr
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+class GPT(Base):
+    """Fused qkv and `chunk`, learned positions, tied weights, labels shifted by slicing; logs in every way."""
+
+    def __init__(self, lr: float = 1e-2, causal: bool = True) -> None:
+        super().__init__(lr)
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(512, WIDTH)
+        self.blocks = nn.ModuleList(Block(causal) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.tokens.weight
+        self.accuracy = MulticlassAccuracy(VOCABULARY, average="micro", ignore_index=-100)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits = self(batch["ids"][:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()), logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss, logits = self.loss(batch)
+        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True)
+        right = (logits.argmax(-1) == batch["labels"][:, 1:]).sum()
+        self.log("right", right.float(), reduce_fx="sum", on_step=False, on_epoch=True, sync_dist=True)
+        self.log_dict({"largest": logits.amax(), "mean": logits.mean()}, on_step=True, on_epoch=False)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        loss, logits = self.loss(batch)
+        self.accuracy.update(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        self.log("val_loss", loss, sync_dist=True)
+        self.log("val_accuracy", self.accuracy)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch)[0], sync_dist=True)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self(batch["ids"])
+
+
+class Encoder(GPT):
+    """Bidirectional, classifies the whole sequence by the mean over positions."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__(lr, causal=False)
+        self.classify = nn.Linear(WIDTH, 3)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x = self.tokens(batch["ids"])
+        for block in self.blocks:
+            x = block(x)
+        loss = F.cross_entropy(self.classify(self.norm(x).mean(1)), batch["classes"])
+        self.log("loss", loss)
+        return loss
+
+
+class Regression(GPT):
+    """A number for every token."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__(lr)
+        self.value = nn.Linear(WIDTH, 1)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x = self.tokens(batch["ids"])
+        for block in self.blocks:
+            x = block(x)
+        loss = F.mse_loss(self.value(x).squeeze(-1), batch["targets"])
+        self.log("loss", loss)
+        return loss
+
+
+class HFLlama(Base):
+    """A Hugging Face Llama from a config, unmodified."""
+
+    def __init__(self, lr: float = 1e-2, layers: int = 2) -> None:
+        super().__init__(lr)
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=layers,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                max_position_embeddings=512,
+            )
+        )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.model(input_ids=batch["ids"], labels=batch["labels"]).loss
+        self.log("loss", loss)
+        return loss
+
+
+class Broken(GPT):
+    """Python looks at a tensor in the middle of the step."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x = self.tokens(batch["ids"])
+        x = self.blocks[0](x)
+        if x.detach().abs().max().item() > 1e6:
+            x = x / 2
+        logits = self.head(self.norm(self.blocks[1](x)))
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        self.log("loss", loss)
+        return loss
