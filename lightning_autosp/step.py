@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torchmetrics import Metric
 
 from lightning_autosp import _compat
@@ -69,7 +69,7 @@ class CompiledStep:
             except FailOnRecompileLimitHit as error:
                 self._change("eager", "the step keeps changing (a Python number that differs every time?)", error)
             except TorchDynamoException as error:
-                if self._mode != "whole" or not isinstance(error, Unsupported):
+                if self._mode != "whole" or isinstance(error, BackendCompilerFailed):
                     raise
                 self._change("pieces", _headline(error), error)
         self._deferred.replay()

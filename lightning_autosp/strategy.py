@@ -29,6 +29,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -66,9 +67,6 @@ StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 class AutoSPStrategy(ParallelStrategy):
     """Trains an unmodified LightningModule with its sequences split over ranks; loss, gradients and logs are those of one device."""
-
-    # Lightning looks for this name to decide whether to inject samplers and to honour `sync_dist=True`.
-    is_distributed = True
 
     def __init__(
         self,
@@ -146,6 +144,14 @@ class AutoSPStrategy(ParallelStrategy):
     def root_device(self) -> torch.device:
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether ranks see different samples: Lightning then injects samplers and honours `sync_dist=True`.
+
+        With one sequence group there is nothing to distribute. Samples come in the one-device order, from the user's own sampler.
+        """
+        return self._mesh is None or self.data_parallel_size > 1
 
     @property
     def num_processes(self) -> int:
@@ -250,6 +256,11 @@ class AutoSPStrategy(ParallelStrategy):
             raise MisconfigurationException(
                 "automatic_optimization=False is not supported by strategy 'autosp': the step is compiled as one graph, which an "
                 "optimizer step in the middle would cut. Use automatic optimization."
+            )
+        if self.world_size > 1 and any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks):
+            raise MisconfigurationException(
+                "BatchSizeFinder is not supported by strategy 'autosp' on several ranks: one rank running out of memory would leave the "
+                "others waiting. Choose batch_size by hand."
             )
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()

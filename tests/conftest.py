@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from pool import Pool
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +14,11 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four gloo ranks that live as long as the session."""
+    ranks = Pool(4)
+    yield ranks
+    ranks.close()

@@ -1,0 +1,118 @@
+"""Real gloo ranks, started once and kept: each takes jobs, joins the process group of a job and leaves it again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 300
+
+
+class JobError(Exception):
+    """What a rank's job raised: `kind` is the exception's class name."""
+
+    def __init__(self, rank: int, kind: str, message: str, trace: str) -> None:
+        super().__init__(f"rank {rank}: {kind}: {message}\n{trace}")
+        self.rank, self.kind, self.message = rank, kind, message
+
+
+class Pool:
+    """`run(function, world_size, *args)` calls a module-level function on ranks that form one torchrun-like world."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._workers: list[Any] = []
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return every rank's result; raise the first rank's error."""
+        outcomes = self.outcomes(function, world_size, *args, **kwargs)
+        for outcome in outcomes:
+            if isinstance(outcome, JobError):
+                raise outcome
+        return outcomes
+
+    def outcomes(self, function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return every rank's result or `JobError`."""
+        if not self._workers:
+            self._start()
+        port = _free_port()
+        for rank in range(world_size):
+            self._workers[rank][1].send((function, rank, world_size, port, args, kwargs))
+        outcomes = []
+        for rank in range(world_size):
+            connection = self._workers[rank][1]
+            if not connection.poll(TIMEOUT_S):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {function.__name__} did not answer in {TIMEOUT_S} s")
+            outcomes.append(connection.recv())
+        if any(isinstance(outcome, JobError) for outcome in outcomes):
+            self.close()  # a rank that raised may have left a collective half done
+        return outcomes
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        for _ in range(self._num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    def close(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(connection: Any) -> None:
+    import logging
+    import warnings
+
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    while True:
+        function, rank, world_size, port, args, kwargs = connection.recv()
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "GROUP_RANK": 0,
+            "WORLD_SIZE": world_size,
+            "LOCAL_WORLD_SIZE": world_size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_RUN_ID": "tests",
+        }
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        try:
+            outcome: Any = function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 -- sent to the test
+            outcome = JobError(rank, type(error).__name__, str(error), traceback.format_exc())
+            outcome = _Sent(outcome)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+        connection.send(outcome)
+
+
+class _Sent:
+    """Pickles as a `JobError` with all its arguments."""
+
+    def __init__(self, error: JobError) -> None:
+        self.args = (error.rank, error.kind, error.message, str(error))
+
+    def __reduce__(self) -> Any:
+        return JobError, self.args

@@ -1,0 +1,170 @@
+"""Trainer runs on real ranks against the same module on one device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jobs
+import numpy as np
+import pytest
+from pool import Pool
+
+pytestmark = pytest.mark.dist
+FULL, REPLICATE = {"parameter_sharding": "full"}, {"parameter_sharding": "replicate"}
+
+
+@functools.cache
+def _reference(pool: Pool, module: str, options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return pool.run(jobs.fit, 1, module, None, 1, **dict(options))[0]
+
+
+def reference(pool: Pool, module: str, **options: Any) -> dict[str, Any]:
+    return _reference(pool, module, tuple(sorted(options.items())))
+
+
+def assert_same(run: dict[str, Any], one: dict[str, Any], *, gradient_rtol: float = 1e-5, digits: int = 6) -> None:
+    """Loss within 1e-6 relative, gradients within 1e-5 relative norm, the curve and logged values to 6 decimals."""
+    assert len(run["curve"]) == len(one["curve"]) > 0
+    tolerance = 0.5 * 10**-digits
+    for step, (got, want) in enumerate(zip(run["curve"], one["curve"], strict=True)):
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            # six decimals of numbers near one; of larger ones, six significant digits: float32 has no more
+            assert abs(got[name] - value) <= 2 * tolerance * max(1.0, abs(value)), (step, name, got[name], value)
+    assert run["logged"].keys() == one["logged"].keys()
+    for name, value in one["logged"].items():
+        assert abs(run["logged"][name] - value) <= 2 * tolerance * max(1.0, abs(value)), (name, run["logged"][name], value)
+    first, want = run["curve"][0]["loss"], one["curve"][0]["loss"]
+    assert abs(first - want) <= max(1e-6, 2 * tolerance) * abs(want)
+    assert_same_gradients(run, one, gradient_rtol)
+    assert run["plain"]
+
+
+def assert_same_gradients(run: dict[str, Any], one: dict[str, Any], rtol: float = 1e-5) -> None:
+    assert run["gradients"].keys() == one["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        error = np.linalg.norm(run["gradients"][name] - gradient) / max(np.linalg.norm(gradient), 1e-12)
+        # a gradient that is zero but for rounding (the key bias) has no relative error worth the name
+        assert error <= rtol or np.linalg.norm(gradient) < 1e-6, (name, error)
+
+
+def fit(pool: Pool, module: str, strategy: dict[str, Any], world_size: int, **options: Any) -> dict[str, Any]:
+    """Fit on ranks, assert that all of them saw the same, and return the first's result."""
+    runs = pool.run(jobs.fit, world_size, module, strategy, world_size, **options)
+    for run in runs[1:]:
+        assert run["logged"] == runs[0]["logged"]
+        assert all(np.array_equal(run["weights"][name], value) for name, value in runs[0]["weights"].items())
+    return runs[0]
+
+
+@pytest.mark.parametrize("sharding", ["full", "replicate"])
+@pytest.mark.parametrize("module", ["GPT", "HFLlama", "Encoder", "Regression"])
+def test_two_ranks(pool: Pool, module: str, sharding: str) -> None:
+    options = {"ignore_half": module in ("GPT", "HFLlama"), "length": 256}
+    run = fit(pool, module, {"parameter_sharding": sharding}, 2, **options)
+    assert_same(run, reference(pool, module, **options))
+    step = run["report"]["steps"][0]
+    assert step["in_full"] == []
+    assert step["gathered"] == []
+    assert len(step["attention"]) == 2
+    assert run["report"]["graph_breaks"] == []
+    assert len(run["report"]["steps"]) == 1
+
+
+@pytest.mark.parametrize("length", [250, 257])
+@pytest.mark.parametrize("module", ["GPT", "HFLlama"])
+def test_any_length(pool: Pool, module: str, length: int) -> None:
+    assert_same(fit(pool, module, FULL, 2, length=length), reference(pool, module, length=length))
+
+
+@pytest.mark.parametrize("module", ["GPT", "HFLlama"])
+def test_four_ranks(pool: Pool, module: str) -> None:
+    options = {"length": 250, "ignore_half": True}
+    assert_same(fit(pool, module, FULL, 4, **options), reference(pool, module, **options))
+
+
+@pytest.mark.parametrize("sharding", ["full", "replicate"])
+def test_data_times_sequence(pool: Pool, sharding: str) -> None:
+    """Two groups with batch 1 against one device with batch 2, in the order the distributed sampler deals them."""
+    strategy = {"parameter_sharding": sharding, "data_parallel_size": 2}
+    runs = pool.run(jobs.fit, 4, "Regression", strategy, 4, batch_size=1)
+    one = pool.run(jobs.fit_dealt, 1, "Regression", 2)[0]
+    losses = [[step["loss"] for step in run["curve"]] for run in runs]
+    assert losses[0] == losses[1]
+    assert losses[2] == losses[3]
+    np.testing.assert_allclose(np.mean([losses[0], losses[2]], axis=0), one["losses"], rtol=2e-6)
+    for run in runs:
+        assert_same_gradients(run, one)
+
+
+def test_logged_values_with_data_parallelism(pool: Pool) -> None:
+    """`sync_dist` means and sums count every sample once."""
+    run = pool.run(jobs.fit, 4, "GPT", {"data_parallel_size": 2}, 4, batch_size=1, max_steps=1, limit_val_batches=0)
+    assert {r["logged"]["loss"] for r in run} == {run[0]["logged"]["loss"]}
+    assert run[0]["logged"]["right"] <= 2 * 63
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}],
+    ids=["accumulate", "clip_norm", "clip_value"],
+)
+@pytest.mark.parametrize("sharding", ["full", "replicate"])
+def test_trainer_options(pool: Pool, options: dict[str, Any], sharding: str) -> None:
+    run = fit(pool, "GPT", {"parameter_sharding": sharding}, 2, **options)
+    assert_same(run, reference(pool, "GPT", **options))
+
+
+def test_bf16_mixed(pool: Pool) -> None:
+    """Within the spread of bf16: the difference between one bf16 device and one fp32 device."""
+    one = reference(pool, "GPT", precision="bf16-mixed")
+    exact = reference(pool, "GPT")
+    run = fit(pool, "GPT", FULL, 2, precision="bf16-mixed")
+    for got, low, high in zip(run["curve"], one["curve"], exact["curve"], strict=True):
+        spread = max(abs(low["loss"] - high["loss"]), 2e-3 * abs(low["loss"]))
+        assert abs(got["loss"] - low["loss"]) <= spread
+    assert run["report"]["steps"][0]["in_full"] == []
+
+
+def test_validation_with_a_torchmetric(pool: Pool) -> None:
+    run = fit(pool, "GPT", FULL, 2, validate=True)
+    assert_same(run, reference(pool, "GPT", validate=True))
+    assert "val_accuracy" in run["logged"]
+    assert run["report"]["graph_breaks"] == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_validate_test_predict(pool: Pool, world_size: int) -> None:
+    one = pool.run(jobs.evaluate, 1, "GPT", None, 1)[0]
+    for run in pool.run(jobs.evaluate, world_size, "GPT", {}, world_size):
+        for stage in ("validated", "tested"):
+            assert run[stage][0] == pytest.approx(one[stage][0], rel=1e-5)
+        assert [p.shape for p in run["predicted"]] == [p.shape for p in one["predicted"]]
+        for got, want in zip(run["predicted"], one["predicted"], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_one_device(pool: Pool) -> None:
+    assert_same(fit(pool, "GPT", {}, 1), reference(pool, "GPT"))
+
+
+def test_inductor(pool: Pool) -> None:
+    run = fit(pool, "GPT", {**FULL, "compile_backend": "inductor"}, 2, num_samples=8)
+    assert_same(run, reference(pool, "GPT", num_samples=8), digits=5)  # other kernels, other rounding
+    assert run["report"]["steps"][0]["collectives"]["all_to_all_single"][0] == 16
+
+
+def test_batch_sizes_that_change(pool: Pool) -> None:
+    options = {"num_samples": 9, "batch_size": 4, "max_epochs": 2}
+    assert_same(fit(pool, "GPT", FULL, 2, **options), reference(pool, "GPT", **options))
+
+
+def test_graph_break_is_exact_and_named(pool: Pool) -> None:
+    run = fit(pool, "Broken", FULL, 2)
+    assert_same(run, reference(pool, "Broken"))
+    assert len(run["report"]["graph_breaks"]) == 1
+    assert "modules.py:" in run["report"]["graph_breaks"][0]["where"]
+    assert len({step["kind"] for step in run["report"]["steps"]}) == 1
+    assert len(run["report"]["steps"]) == 2
+    assert all(step["in_full"] == [] for step in run["report"]["steps"])
