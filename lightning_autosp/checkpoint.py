@@ -53,8 +53,22 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], parameters: M
     optimizer.load_state_dict({**state, "state": placed})
 
 
+def _named_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+    """Return an optimizer's state by parameter names, in the form of `torch.distributed.checkpoint.state_dict`."""
+    state = optimizer.state_dict()
+    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [{**group, "params": [ordered[index] for index in group["params"]]} for group in state["param_groups"]]
+    return {"state": {ordered[index]: values for index, values in state["state"].items()}, "param_groups": groups}
+
+
 def save_distributed(
-    checkpoint: dict[str, Any], path: Path, module: nn.Module, optimizers: Sequence[Optimizer], *, is_first: bool
+    checkpoint: dict[str, Any],
+    path: Path,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    names: Mapping[int, str],
+    *,
+    is_first: bool,
 ) -> None:
     """Write a checkpoint directory, every rank its part.
 
@@ -63,13 +77,14 @@ def save_distributed(
         path: A directory; an older one there is replaced once the new one is complete.
         module: The module.
         optimizers: Its optimizers, possibly none.
+        names: `id(parameter) -> name` for the parameters the optimizers hold.
         is_first: Whether this is global rank 0.
     """
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     rest["num_optimizers"] = len(optimizers) if "optimizer_states" in checkpoint else 0
     states: dict[str, Any] = {"state_dict": module.state_dict()}
     for index, optimizer in enumerate(optimizers[: rest["num_optimizers"]]):
-        states[f"optimizer_{index}"] = get_optimizer_state_dict(module, optimizer)
+        states[f"optimizer_{index}"] = _named_state(optimizer, names)
     unfinished = path.with_name(path.name + ".incomplete")
     if is_first:
         shutil.rmtree(unfinished, ignore_errors=True)

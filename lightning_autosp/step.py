@@ -107,7 +107,9 @@ def _user_location(message: str) -> str:
 
 def _headline(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    explanation = next((line for line in lines if line.startswith("Explanation:")), "")
+    if "data-dependent" in str(error):
+        return "Python decides on a tensor's value"
+    explanation = next((line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation:")), "")
     return " ".join([*lines[:1], explanation]).strip()
 
 

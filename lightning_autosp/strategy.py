@@ -133,6 +133,8 @@ class AutoSPStrategy(ParallelStrategy):
         self._failed = False
         self._mesh: ParallelMesh | None = None
         self._parameters: ModuleParameters | None = None
+        self._optimized_names: dict[int, str] = {}
+        """Names of the parameters optimizers hold: still needed when a checkpoint is saved after the Trainer has finished."""
         self._steps: dict[str, CompiledStep] = {}
         self._checked_stages: set[Any] = set()
         self._metric_groups: list[tuple[Metric, Any]] = []
@@ -270,6 +272,7 @@ class AutoSPStrategy(ParallelStrategy):
         sharding = self._parameter_sharding
         sharded = sharding == "full" or (sharding == "auto" and self.world_size > 1)
         self._parameters = ModuleParameters(module, meshes.flat, meshes.all_ranks(), sharded=sharded and self.world_size > 1)
+        self._optimized_names = {id(parameter): name for name, parameter in self._parameters.owned.items()}
         for metric in (m for m in module.modules() if isinstance(m, Metric)):
             self._metric_groups.append((metric, metric.process_group))
             metric.process_group = metric.process_group or meshes.data_group
@@ -480,7 +483,9 @@ class AutoSPStrategy(ParallelStrategy):
         if storage_options is not None:
             raise TypeError("storage_options has no effect with state_dict_type='sharded', which torch.distributed.checkpoint writes")
         assert self.lightning_module is not None
-        checkpoints.save_distributed(checkpoint, path, self.lightning_module, self.optimizers, is_first=self.is_global_zero)
+        checkpoints.save_distributed(
+            checkpoint, path, self.lightning_module, self.optimizers, self._optimized_names, is_first=self.is_global_zero
+        )
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -127,3 +127,14 @@ def fit_dealt(module_name: str, num_groups: int, num_samples: int = 16, length: 
         optimizer.step()
         losses.append(loss.item())
     return {"losses": losses, "gradients": gradients}
+
+
+def fit_with_model_checkpoint(module_name: str, directory: str) -> list[str]:
+    """Fit two epochs with a checkpoint each and return the paths the callback knows."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    saver = ModelCheckpoint(directory, monitor="val_loss", save_top_k=-1, filename="{epoch}-{val_loss:.4f}")
+    options = {**QUIET, "enable_checkpointing": True, "max_epochs": 2}
+    trainer = Trainer(**options, devices=2, strategy=AutoSPStrategy(), callbacks=[saver])
+    trainer.fit(getattr(modules, module_name)(), modules.loader(4, 32), modules.loader(3, 32, 1))
+    return sorted(saver.best_k_models)

@@ -69,7 +69,7 @@ def test_two_ranks(pool: Pool, module: str, sharding: str) -> None:
     assert step["gathered"] == []
     assert len(step["attention"]) == 2
     assert run["report"]["graph_breaks"] == []
-    assert len(run["report"]["steps"]) == 1
+    assert run["report"]["num_graphs"] == {"training_step": 1}
 
 
 @pytest.mark.parametrize("length", [250, 257])
@@ -165,6 +165,5 @@ def test_graph_break_is_exact_and_named(pool: Pool) -> None:
     assert_same(run, reference(pool, "Broken"))
     assert len(run["report"]["graph_breaks"]) == 1
     assert "modules.py:" in run["report"]["graph_breaks"][0]["where"]
-    assert len({step["kind"] for step in run["report"]["steps"]}) == 1
-    assert len(run["report"]["steps"]) == 2
+    assert run["report"]["num_graphs"]["training_step"] >= 2
     assert all(step["in_full"] == [] for step in run["report"]["steps"])

@@ -84,7 +84,6 @@ class StepReport:
         attention: Every attention call.
         collectives: `name -> (count, bytes)` a rank and step, forward and backward, as far as they have been compiled.
         compile_s: Seconds from the captured graph to a callable forward.
-
     """
 
     kind: str
@@ -209,16 +208,13 @@ class Report:
 
     def __init__(self) -> None:
         self.steps: list[StepReport] = []
+        self.num_graphs: dict[str, int] = {}
+        """Graphs captured for each step kind: 1, plus one for every break and for every change of the code's guards."""
         self.breaks: list[GraphBreak] = []
         self.notes: list[str] = []
 
     def add(self, step: StepReport) -> None:
         self.steps.append(step)
-
-    def num_graphs(self, kind: str) -> int:
-        """Return the number of graphs a step kind was cut into at one set of sizes (1 unless it broke)."""
-        kinds = [step.kind for step in self.steps]
-        return max((1 if not self.breaks else kinds.count(kind)), 0) if kind in kinds else 0
 
     @property
     def fallbacks(self) -> list[Whole]:
@@ -229,6 +225,7 @@ class Report:
         """Return plain lists, dicts, strings and numbers."""
         return {
             "steps": [asdict(step) for step in self.steps],
+            "num_graphs": dict(self.num_graphs),
             "graph_breaks": [asdict(one) for one in self.breaks],
             "notes": list(self.notes),
         }
@@ -253,6 +250,7 @@ class Report:
                 rows.append(("  gathered", f"{whole.name} at {whole.where}, {whole.bytes / MiB:.2f} MiB: {whole.reason}"))
             for whole in step.in_full:
                 rows.append(("  in full", f"{whole.name} at {whole.where}, {whole.bytes / MiB:.2f} MiB: {whole.reason}"))
+        rows.extend((kind, f"{number} graph(s) captured") for kind, number in self.num_graphs.items())
         rows.extend(("graph break", f"{one.where}: {one.reason}") for one in self.breaks)
         rows.extend(("note", note) for note in self.notes)
         return rows

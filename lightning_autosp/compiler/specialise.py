@@ -71,6 +71,7 @@ class Compiler:
         captured = capture(gm, self.parameters.names() if self.parameters else {})
         step = LoweredStep(captured, self)
         self.steps.append(step)
+        self.report.num_graphs[self.kind] = self.report.num_graphs.get(self.kind, 0) + 1
         return step
 
 
