@@ -56,7 +56,7 @@ from lightning_autosp.mesh import ParallelMesh, resolve_sizes
 from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
 from lightning_autosp.step import CompiledStep, batch_tensors
 
-__all__ = ["AutoSPStrategy"]
+__all__ = ["AutoSPStrategy", "refuse_pytorch_lightning"]
 
 ParameterSharding = Literal["auto", "replicate", "full"]
 AttentionMethod = Literal["auto", "ulysses"]
@@ -138,6 +138,11 @@ class AutoSPStrategy(ParallelStrategy):
         self._steps: dict[str, CompiledStep] = {}
         self._checked_stages: set[Any] = set()
         self._metric_groups: list[tuple[Metric, Any]] = []
+
+    def __repr__(self) -> str:
+        # Names the package of its base class: pytorch_lightning's Trainer, whose classes are others, prints this when refusing it.
+        data, sequence = self._asked_sizes
+        return f"<lightning.pytorch strategy AutoSPStrategy(data_parallel_size={data!r}, sequence_parallel_size={sequence!r})>"
 
     # Processes and ranks.
 
@@ -522,6 +527,18 @@ class AutoSPStrategy(ParallelStrategy):
         for name, method in {"autosp": "popen", "autosp_spawn": "spawn", "autosp_fork": "fork", "autosp_notebook": "fork"}.items():
             if name not in strategy_registry:
                 strategy_registry.register(name, cls, description=f"Sequence parallel, processes by {method}", start_method=method)
+
+
+def refuse_pytorch_lightning(**options: Any) -> None:
+    """Stand in for the strategy in `pytorch_lightning`'s registry.
+
+    Raises:
+        MisconfigurationException: Always. Its Trainer would take a `lightning.pytorch` strategy for an undistributed one.
+    """
+    raise MisconfigurationException(
+        "Strategy 'autosp' works with lightning.pytorch, and this Trainer is pytorch_lightning's, a different package. "
+        "Import Trainer and LightningModule from lightning.pytorch."
+    )
 
 
 def _require_size(name: str, value: Any) -> None:

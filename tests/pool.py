@@ -24,8 +24,7 @@ class JobError(Exception):
 class Pool:
     """`run(function, world_size, *args)` calls a module-level function on ranks that form one torchrun-like world."""
 
-    def __init__(self, num_ranks: int) -> None:
-        self._num_ranks = num_ranks
+    def __init__(self) -> None:
         self._workers: list[Any] = []
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
@@ -38,8 +37,7 @@ class Pool:
 
     def outcomes(self, function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
         """Return every rank's result or `JobError`."""
-        if not self._workers:
-            self._start()
+        self._start(world_size)
         port = _free_port()
         for rank in range(world_size):
             self._workers[rank][1].send((function, rank, world_size, port, args, kwargs))
@@ -54,9 +52,9 @@ class Pool:
             self.close()  # a rank that raised may have left a collective half done
         return outcomes
 
-    def _start(self) -> None:
+    def _start(self, num_ranks: int) -> None:
         context = mp.get_context("spawn")
-        for _ in range(self._num_ranks):
+        for _ in range(num_ranks - len(self._workers)):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()

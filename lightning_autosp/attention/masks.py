@@ -117,8 +117,11 @@ def _describe(formula: Formula, ndim: int) -> str:
 
 
 def _attended(choice: Choice, dtype: torch.dtype) -> Formula:
-    """Return where an additive mask adds zero, given that elsewhere it adds (minus) infinity or the dtype's lowest number."""
-    lowest = torch.finfo(dtype).min if dtype.is_floating_point else float("-inf")
+    """Return where an additive mask adds zero, given that elsewhere it adds minus infinity or the lowest number of a dtype.
+
+    Next to a score that is attended, either leaves a weight of exactly zero.
+    """
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min) if dtype.is_floating_point else float("-inf")
 
     def hides(number: sympy.Expr) -> bool:
         return float(number) <= lowest
@@ -222,7 +225,8 @@ class _Interpreter:
         integral = isinstance(number, int)
         if not isinstance(number, (int, float)):
             raise _Unknown(f"a {type(number).__name__}")
-        constant = sympy.Integer(number) if integral else sympy.sympify(number)
+        # sympy holds 0.0 and 0 for different numbers
+        constant = sympy.Integer(int(number)) if integral or float(number).is_integer() else sympy.sympify(number)
         return Affine((sympy.Integer(0),) * ndim, constant, integral)
 
     def _evaluate(self, node: fx.Node) -> Value:

@@ -1,0 +1,232 @@
+"""Attention over a sharded sequence: exact for every head count and mask, and what masks are proven to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from simulated import assert_close, assert_exact, lower
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_autosp.attention.ulysses import ulysses_attention, wire_elements
+from lightning_autosp.collectives import Group
+from lightning_autosp.compiler.layout import base_cuts
+from lightning_autosp.compiler.report import MASK_LIMIT_BYTES, StrictModeError
+from lightning_autosp.compiler.simulate import run_ranks
+
+WIDTH = 4
+Mask = Callable[[Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """Projections around one attention call; `mask(x)` makes its mask."""
+
+    def __init__(self, heads: int = 4, kv_heads: int = 4, mask: Mask | None = None, **options: Any) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.mask, self.options = heads, kv_heads, mask, options
+        self.q = nn.Linear(8, heads * WIDTH)
+        self.k = nn.Linear(8, kv_heads * WIDTH, bias=False)  # its gradient would be zero but for rounding
+        self.v = nn.Linear(8, kv_heads * WIDTH)
+        self.double()
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], heads, WIDTH).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.split(self.q(x), self.heads), self.split(self.k(x), self.kv_heads), self.split(self.v(x), self.kv_heads)
+        mask = self.mask(x) if self.mask else None
+        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=self.heads != self.kv_heads, **self.options)
+        return out.square().mean(), out
+
+
+def inputs(length: int = 13, batch: int = 2) -> tuple[Tensor]:
+    return (torch.randn(batch, length, 8).double(),)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (6, 2), (7, 1), (1, 1), (3, 3)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_every_head_count(heads: int, kv_heads: int, ranks: int, is_causal: bool) -> None:
+    net = Attention(heads, kv_heads, is_causal=is_causal)
+    report = assert_exact(net, inputs(), net, num_ranks=ranks).report
+    assert [call.method for call in report.attention] == ["ulysses"]
+    assert not report.in_full
+
+
+def test_scale() -> None:
+    net = Attention(scale=0.3, is_causal=True)
+    assert_exact(net, inputs(), net)
+
+
+def test_dropout_differs_from_head_to_head_and_keeps_its_mean() -> None:
+    class Ones(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.view(1, -1, 4, 2).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, q, torch.ones_like(q), dropout_p=0.25)
+
+    out = lower(Ones(), (torch.randn(1, 256, 8),), Ones(), backward=False).outputs[0][0]
+    assert abs(out.mean().item() - 1) < 0.02
+    assert not torch.equal(out[:, 0], out[:, 2])
+
+
+def rows_and_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(x.shape[1], device=x.device)
+    return positions[:, None], positions[None, :]
+
+
+def causal(x: Tensor) -> Tensor:
+    row, column = rows_and_columns(x)
+    return column <= row
+
+
+def packed(x: Tensor) -> Tensor:
+    """Hugging Face's packed-sequence check on default positions."""
+    positions = torch.arange(x.shape[1])[None].expand(x.shape[0], -1)
+    documents = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    batch = torch.arange(x.shape[0])[:, None, None, None]
+    row, column = torch.arange(x.shape[1])[None, None, :, None], torch.arange(x.shape[1])[None, None, None, :]
+    return (column <= row) & (documents[batch, row] == documents[batch, column])
+
+
+PROVEN: dict[str, tuple[Mask, str]] = {
+    "comparison": (causal, "causal"),
+    "tril": (lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(), "causal"),
+    "negated_triu": (lambda x: ~torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), "causal"),
+    "additive_triu": (lambda x: torch.full((x.shape[1], x.shape[1]), float("-inf"), dtype=x.dtype).triu(1), "causal"),
+    "additive_where": (lambda x: torch.where(causal(x), 0.0, torch.finfo(torch.float32).min).to(x.dtype), "causal"),
+    "masked_fill": (lambda x: torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype).masked_fill(~causal(x), float("-inf")), "causal"),
+    "expanded": (lambda x: causal(x)[None, None].expand(x.shape[0], 1, -1, -1), "causal"),
+    "offset": (lambda x: (rows_and_columns(x)[1] - rows_and_columns(x)[0]) < 1, "causal"),
+    "and_of_true": (lambda x: causal(x) & (rows_and_columns(x)[0] >= 0), "causal"),
+    "packed_positions": (packed, "causal"),
+    "all_ones": (lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), "mask nothing"),
+    "always_true": (lambda x: rows_and_columns(x)[1] < x.shape[1], "mask nothing"),
+}
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_mask_is_proven_and_dropped(name: str) -> None:
+    make, kind = PROVEN[name]
+    net = Attention(mask=make)
+    lowered = assert_exact(net, inputs(), net)
+    call = lowered.report.attention[0]
+    assert f"proven {kind}" in call.method or f"proven to {kind}" in call.method
+    assert call.mask_bytes == 0
+    plan = next(iter(lowered.step._plans.values()))
+    attention = next(node for node, sharding in plan.shardings.items() if sharding.kind == "attention")
+    assert attention.args[3] not in plan.demands, "the mask is still computed"
+
+
+KEPT: dict[str, tuple[Mask, str]] = {
+    "window": (lambda x: causal(x) & (rows_and_columns(x)[0] - rows_and_columns(x)[1] < 5), "proven"),
+    "window_longer_than_most": (lambda x: causal(x) & (rows_and_columns(x)[0] - rows_and_columns(x)[1] < 4096), "proven"),
+    "strictly_causal_or_first": (lambda x: (rows_and_columns(x)[1] < rows_and_columns(x)[0]) | (rows_and_columns(x)[1] == 0), "proven"),
+    "anti_causal": (lambda x: rows_and_columns(x)[1] >= rows_and_columns(x)[0], "proven"),
+    "prefix": (lambda x: causal(x) | (rows_and_columns(x)[1] < 3), "proven"),
+    "from_data": (lambda x: causal(x) & ((x[:, :, 0] > -1) | (torch.arange(x.shape[1]) == 0))[:, None, None, :], "not proven"),
+    "additive_bias": (lambda x: torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype) + (rows_and_columns(x)[1] * 0.1), "not proven"),
+    "minus_one_thousand": (lambda x: torch.where(causal(x), 0.0, -1000.0).to(x.dtype), "not proven"),
+    "per_head": (lambda x: (rows_and_columns(x)[1] <= rows_and_columns(x)[0] + torch.arange(4)[:, None, None]), "proven"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_other_masks_are_kept_and_exact(name: str) -> None:
+    make, proof = KEPT[name]
+    net = Attention(mask=make)
+    call = assert_exact(net, inputs(), net).report.attention[0]
+    assert proof in call.method
+    assert "kept whole" in call.method
+    assert call.mask_bytes > 0
+    assert call.mask_proven == (proof == "proven")
+
+
+@pytest.mark.parametrize("heads", [4, 3])
+def test_mask_with_heads(heads: int) -> None:
+    net = Attention(heads, heads, mask=lambda x: torch.randn(heads, 13, 13, generator=torch.Generator().manual_seed(1)).double())
+    net.mask = _fixed(heads)
+    assert_exact(net, inputs(), net)
+
+
+def _fixed(heads: int) -> Mask:
+    return lambda x: (torch.arange(heads)[:, None, None] * 0.1 * (x[0, :, :1] - x[0, :, 0][None]).abs()).to(x.dtype)
+
+
+def test_queries_over_a_fixed_memory_stay_local() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = nn.Parameter(torch.randn(1, 2, 5, 4).double())
+            self.q = nn.Linear(8, 8).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q(x).view(x.shape[0], -1, 2, 4).transpose(1, 2)
+            memory = self.memory.expand(x.shape[0], -1, -1, -1)
+            return F.scaled_dot_product_attention(q, memory, memory).square().sum()
+
+    net = Cross()
+    report = assert_exact(net, inputs(), net, num_ranks=3).report
+    assert report.attention[0].method == "local queries over fixed keys"
+
+
+def test_strict_refuses_a_large_unproven_mask() -> None:
+    net = Attention(mask=KEPT["from_data"][0])
+    report = lower(net, inputs(), net, backward=False).report
+    report.refuse_fallbacks()
+    report.attention[0].mask_bytes = MASK_LIMIT_BYTES + 1
+    with pytest.raises(StrictModeError, match=r"mask at .*test_attention.py:\d+ is 64 MiB"):
+        report.refuse_fallbacks()
+
+
+def test_strict_refuses_an_operator_in_full() -> None:
+    net = nn.Linear(8, 8).double()
+    report = lower(lambda x: net(x).cumsum(1).mean(), inputs(), net).report
+    with pytest.raises(StrictModeError, match=r"aten.cumsum.default at .*test_attention.py:\d+"):
+        report.refuse_fallbacks()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_cross_shard_probe(ranks: int) -> None:
+    """Changing one token changes exactly the outputs it changes on one device."""
+    net = Attention(is_causal=True)
+    (x,) = inputs()
+    for position in (0, 5, 6, 12):
+        changed = x.clone()
+        changed[:, position] += 1
+        one = (net(x)[1] - net(changed)[1]).abs().amax((0, 1, 3)) > 1e-12
+        before = lower(net, (x,), net, num_ranks=ranks, backward=False).outputs[0][1]
+        after = lower(net, (changed,), net, num_ranks=ranks, backward=False).outputs[0][1]
+        assert torch.equal((before - after).abs().amax((0, 1, 3)) > 1e-12, one)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 3), (5, 5)])
+def test_function_alone_and_its_wire_bytes(heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, length = 2, 12
+    q, k, v = torch.randn(3, heads, length, 4), torch.randn(3, kv_heads, length, 4), torch.randn(3, kv_heads, length, 4)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+    cuts = base_cuts(length, ranks)
+    lengths = tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+    sent: list[int] = []
+    import lightning_autosp.attention.ulysses as module
+
+    original = module.all_to_all
+
+    def counting(x: Tensor, output: Any, splits: Any, group: Group) -> Tensor:
+        if group.rank == 0:
+            sent.append(sum(n for r, n in enumerate(splits) if r != 0))
+        return original(x, output, splits, group)
+
+    monkeypatch.setattr(module, "all_to_all", counting)
+
+    def work(rank: int) -> Tensor:
+        part = slice(cuts[rank], cuts[rank + 1])
+        group = Group("", ranks, rank)
+        gqa = heads != kv_heads
+        return ulysses_attention(q[:, :, part], k[:, :, part], v[:, :, part], None, 0.0, True, None, gqa, lengths, lengths, group)
+
+    got = torch.cat(run_ranks(ranks, work), dim=2)
+    assert_close(got, want, 1e-6, "output")
+    assert sum(sent) == wire_elements(3, heads, kv_heads, length, 4, 4, ranks)
