@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._functorch._aot_autograd.functional_utils import from_fun as _from_fun
 
 # Functionalisation that keeps composite operators (attention, losses, dropout) whole: what torch.export traces with.
-from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, to_fun
+from torch._functorch._aot_autograd.functional_utils import has_data_mutation, to_fun
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 # Tie a fake tensor that no traced operator produced to a node of the graph being traced (opaque higher-order operators).
@@ -22,14 +23,25 @@ __all__ = [
     "dynamic_dims",
     "example_of",
     "from_fun",
-    "get_proxy_slot",
     "has_data_mutation",
     "make_fx",
     "mark_dynamic",
+    "node_of",
     "shape_replacements",
     "to_fun",
     "track_tensor_tree",
 ]
+
+
+def from_fun(tensor: Any) -> Any:
+    """Return what a functional tensor wraps, its pending updates applied."""
+    return _from_fun(tensor)
+
+
+def node_of(value: Any, tracer: Any) -> Any:
+    """Return the node a traced tensor or symbolic number comes from."""
+    slot: Any = get_proxy_slot(value, tracer)
+    return slot.proxy.node if isinstance(value, torch.Tensor) else slot.force().node
 
 
 def current_tracer() -> Any:

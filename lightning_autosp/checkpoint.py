@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
@@ -90,7 +91,7 @@ def save_distributed(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     torch.distributed.barrier()
-    dcp.save(states, checkpoint_id=str(unfinished))
+    save(states, checkpoint_id=str(unfinished))
     if is_first:
         torch.save(rest, unfinished / _META)
         if path.is_dir():
@@ -107,7 +108,7 @@ def load_distributed_module(path: Path, module: nn.Module, *, weights_only: bool
     The entry `distributed_path` says where `load_distributed_optimizers` finds the optimizers.
     """
     weights = {"state_dict": {name: value.detach().clone() for name, value in module.state_dict().items()}}
-    dcp.load(weights, checkpoint_id=str(path))
+    load(weights, checkpoint_id=str(path))
     rest: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=bool(weights_only))
     return {**rest, **weights, "optimizer_states": [{}] * rest.pop("num_optimizers"), "distributed_path": str(path)}
 
@@ -116,5 +117,5 @@ def load_distributed_optimizers(path: Path, module: nn.Module, optimizers: Seque
     """Read the optimizer states of a distributed checkpoint into live optimizers, whatever number of ranks wrote it."""
     for index, optimizer in enumerate(optimizers):
         states = {f"optimizer_{index}": get_optimizer_state_dict(module, optimizer)}
-        dcp.load(states, checkpoint_id=str(path))
+        load(states, checkpoint_id=str(path))
         set_optimizer_state_dict(module, optimizer, states[f"optimizer_{index}"])

@@ -140,9 +140,7 @@ def stack_across(x: Tensor, group: Group) -> Tensor:
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, output_splits: tuple[int, ...], input_splits: tuple[int, ...], group: Group
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, output_splits: tuple[int, ...], input_splits: tuple[int, ...], group: Group) -> Tensor:
         ctx.splits, ctx.group = (output_splits, input_splits), group
         return _all_to_all(x, output_splits, input_splits, group)
 

@@ -1,9 +1,9 @@
 """The module's parameters: whole on every rank, or sharded over all of them and gathered inside the graph.
 
 Between steps, a sharded parameter is a DTensor `nn.Parameter` in the module, so optimizers, gradient clipping and
-`torch.distributed.checkpoint` see what they know. While a step is traced, the user's own `nn.Parameter` objects stand in for them: global
-shape, no memory. The graph takes this rank's rows and gathers them on use (`collectives.gather_parameter`); the gradient comes back
-reduced to those rows. `restore` puts the user's parameters back, with their new values.
+`torch.distributed.checkpoint` see what they know. While a step is traced, the user's own `nn.Parameter` objects stand in for
+them: global shape, no memory. The graph takes this rank's rows and gathers them on use (`collectives.gather_parameter`); the
+gradient comes back reduced to those rows. `restore` puts the user's parameters back, with their new values.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def gather_to_cpu(tree: Any, *, keep: bool) -> Any:
 
     def one(value: Any) -> Any:
         if isinstance(value, DTensor):
-            whole = value.detach().full_tensor()
+            with torch.no_grad():
+                whole: Tensor = value.full_tensor()
             return whole.cpu() if keep else None
         return value
 

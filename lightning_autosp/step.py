@@ -26,7 +26,12 @@ __all__ = ["CompiledStep", "batch_tensors", "mark_sequence"]
 def batch_tensors(batch: Any) -> list[Tensor]:
     """Return the tensors of a batch, in order: nested lists, tuples, dicts, dataclasses."""
     found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, lambda tensor: found.append(tensor) or tensor)
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    apply_to_collection(batch, Tensor, keep)
     return found
 
 
@@ -45,11 +50,13 @@ class CompiledStep:
     """One `*_step` method of a module, compiled.
 
     The step is first compiled as a single graph. If that is impossible (Python looks at data), it is compiled in pieces around the
-    break, with parameters made whole before the step; if it keeps changing, it runs uncompiled. Each gives the one-device answer; the
-    report says which and why.
+    break, with parameters made whole before the step; if it keeps changing, it runs uncompiled. Each gives the one-device answer;
+    the report says which and why.
     """
 
-    def __init__(self, module: LightningModule, kind: str, compiler: Compiler, parameters: ModuleParameters, sequence_dim: int) -> None:
+    def __init__(
+        self, module: LightningModule, kind: str, compiler: Compiler, parameters: ModuleParameters, sequence_dim: int
+    ) -> None:
         self.module, self.kind, self.parameters, self.sequence_dim = module, kind, parameters, sequence_dim
         self.compiler = replace(compiler, kind=kind, parameters=parameters, steps=[])
         self._deferred = _Deferred(module)

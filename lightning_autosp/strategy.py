@@ -25,6 +25,7 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
     _sync_ddp_if_available,
 )
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
@@ -35,8 +36,7 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
@@ -66,7 +66,7 @@ StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
 class AutoSPStrategy(ParallelStrategy):
-    """Trains an unmodified LightningModule with its sequences split over ranks; loss, gradients and logs are those of one device."""
+    """Trains an unmodified LightningModule, its sequences split over ranks; loss, gradients and logs are those of one device."""
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class AutoSPStrategy(ParallelStrategy):
             compile_backend: "inductor", or "aot_eager" to run compiled graphs operator by operator. "auto": Inductor on CUDA.
             strict: Raise, with the line, if anything runs unsharded for want of a rule, if an attention mask above 64 MiB
                 is not proven, or if a step is not a single graph.
-            state_dict_type: "full": checkpoints are one file that plain Lightning reads. "sharded": a directory every rank writes its
-                part of. Both load on any number of ranks.
+            state_dict_type: "full": checkpoints are one file that plain Lightning reads. "sharded": a directory every rank writes
+                its part of. Both load on any number of ranks.
             process_group_backend: "nccl", "gloo", ... Default: by device.
             timeout: Of collectives. Default: torch's.
             start_method: How processes start: "popen" (scripts), "spawn", "fork" (notebooks), "forkserver".
@@ -256,18 +256,18 @@ class AutoSPStrategy(ParallelStrategy):
         _refuse_module(module)
         if self._layer_sync is not None:
             raise MisconfigurationException(
-                "sync_batchnorm=True is not supported by strategy 'autosp': sequence groups already compute batch statistics over the "
-                "whole batch of their group. Use sync_batchnorm=False."
+                "sync_batchnorm=True is not supported by strategy 'autosp': sequence groups already compute batch statistics over "
+                "the whole batch of their group. Use sync_batchnorm=False."
             )
         if trainer.state.fn == TrainerFn.FITTING and not module.automatic_optimization:
             raise MisconfigurationException(
                 "automatic_optimization=False is not supported by strategy 'autosp': the step is compiled as one graph, which an "
                 "optimizer step in the middle would cut. Use automatic optimization."
             )
-        if self.world_size > 1 and any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks):
+        if self.world_size > 1 and any(isinstance(callback, BatchSizeFinder) for callback in getattr(trainer, "callbacks", ())):
             raise MisconfigurationException(
-                "BatchSizeFinder is not supported by strategy 'autosp' on several ranks: one rank running out of memory would leave the "
-                "others waiting. Choose batch_size by hand."
+                "BatchSizeFinder is not supported by strategy 'autosp' on several ranks: one of them running out of memory would "
+                "leave the others waiting. Choose batch_size by hand."
             )
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
@@ -482,11 +482,15 @@ class AutoSPStrategy(ParallelStrategy):
         path = Path(self.broadcast(filepath))  # names may hold metrics, which ranks may format differently
         if self._state_dict_type == "full":
             if checkpoints.is_distributed_checkpoint(path):
-                raise IsADirectoryError(f"{path} is a distributed checkpoint; state_dict_type='full' writes a file. Choose another path.")
+                raise IsADirectoryError(
+                    f"{path} is a distributed checkpoint; state_dict_type='full' writes a file. Choose another path."
+                )
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         if storage_options is not None:
-            raise TypeError("storage_options has no effect with state_dict_type='sharded', which torch.distributed.checkpoint writes")
+            raise TypeError(
+                "storage_options has no effect with state_dict_type='sharded', which torch.distributed.checkpoint writes"
+            )
         assert self.lightning_module is not None
         checkpoints.save_distributed(
             checkpoint, path, self.lightning_module, self.optimizers, self._optimized_names, is_first=self.is_global_zero
@@ -555,7 +559,8 @@ def _refuse_module(module: nn.Module) -> None:
     """Raise for a module that something else already compiles, wraps or shards."""
     if getattr(module, "_compiler_ctx", None) is not None:
         raise MisconfigurationException(
-            f"{type(module).__name__} is already compiled. Strategy 'autosp' compiles the steps itself: pass the module without torch.compile."
+            f"{type(module).__name__} is already compiled. Strategy 'autosp' compiles the steps itself: pass the module "
+            "without torch.compile."
         )
     for name, submodule in module.named_modules():
         where = f"submodule {name!r}" if name else type(module).__name__
@@ -565,16 +570,16 @@ def _refuse_module(module: nn.Module) -> None:
             )
         if isinstance(submodule, (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)):
             raise MisconfigurationException(
-                f"{where} is already wrapped by {type(submodule).__name__}. Strategy 'autosp' shards parameters and reduces gradients "
-                f"itself: pass plain modules."
+                f"{where} is already wrapped by {type(submodule).__name__}. Strategy 'autosp' shards parameters and reduces "
+                f"gradients itself: pass plain modules."
             )
     placed = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
     if placed:
         plain = [name for name, parameter in module.named_parameters() if not isinstance(parameter, DTensor)]
         mixture = f", others ({plain[0]!r}, ...) are plain" if plain else ""
         raise MisconfigurationException(
-            f"{len(placed)} parameter(s) ({placed[0]!r}, ...) are DTensors already{mixture}. Strategy 'autosp' needs plain parameters: it "
-            f"shards them itself (parameter_sharding='full')."
+            f"{len(placed)} parameter(s) ({placed[0]!r}, ...) are DTensors already{mixture}. Strategy 'autosp' needs plain "
+            f"parameters: it shards them itself (parameter_sharding='full')."
         )
 
 
@@ -585,5 +590,6 @@ def _refuse_loss(loss: Tensor) -> None:
         )
     if not loss.requires_grad:
         raise MisconfigurationException(
-            "training_step returned a loss without a gradient: it was detached, computed under torch.no_grad(), or depends on no parameter."
+            "training_step returned a loss without a gradient: it was detached, computed under torch.no_grad(), or depends on "
+            "no parameter."
         )

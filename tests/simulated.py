@@ -109,8 +109,12 @@ def lower(
         program = emitter.emit()
         if rank == 0:
             reports.append(StepReport.of("step", emitter, program, step.captured.symbols))
-        held = [parameters.leaves.get(step.captured.parameters.get(step.captured.placeholders[i], ""), args[i]) for i in program.inputs]
-        outputs = list(program.module(*(t.clone() if isinstance(t, Tensor) and t.is_leaf and not t.requires_grad else t for t in held)))
+        held = [
+            parameters.leaves.get(step.captured.parameters.get(step.captured.placeholders[i], ""), args[i]) for i in program.inputs
+        ]
+        outputs = list(
+            program.module(*(t.clone() if isinstance(t, Tensor) and t.is_leaf and not t.requires_grad else t for t in held))
+        )
         if backward:
             outputs[0].backward()
         return outputs, {name: leaf.grad for name, leaf in parameters.leaves.items()}

@@ -123,13 +123,16 @@ def test_mask_is_proven_and_dropped(name: str) -> None:
 KEPT: dict[str, tuple[Mask, str]] = {
     "window": (lambda x: causal(x) & (rows_and_columns(x)[0] - rows_and_columns(x)[1] < 5), "proven"),
     "window_longer_than_most": (lambda x: causal(x) & (rows_and_columns(x)[0] - rows_and_columns(x)[1] < 4096), "proven"),
-    "strictly_causal_or_first": (lambda x: (rows_and_columns(x)[1] < rows_and_columns(x)[0]) | (rows_and_columns(x)[1] == 0), "proven"),
+    "strictly_causal_or_first": (
+        lambda x: (rows_and_columns(x)[1] < rows_and_columns(x)[0]) | (rows_and_columns(x)[1] == 0),
+        "proven",
+    ),
     "anti_causal": (lambda x: rows_and_columns(x)[1] >= rows_and_columns(x)[0], "proven"),
     "prefix": (lambda x: causal(x) | (rows_and_columns(x)[1] < 3), "proven"),
     "from_data": (lambda x: causal(x) & ((x[:, :, 0] > -1) | (torch.arange(x.shape[1]) == 0))[:, None, None, :], "not proven"),
     "additive_bias": (lambda x: torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype) + (rows_and_columns(x)[1] * 0.1), "not proven"),
     "minus_one_thousand": (lambda x: torch.where(causal(x), 0.0, -1000.0).to(x.dtype), "not proven"),
-    "per_head": (lambda x: (rows_and_columns(x)[1] <= rows_and_columns(x)[0] + torch.arange(4)[:, None, None]), "proven"),
+    "per_head": (lambda x: rows_and_columns(x)[1] <= rows_and_columns(x)[0] + torch.arange(4)[:, None, None], "proven"),
 }
 
 

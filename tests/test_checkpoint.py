@@ -50,7 +50,9 @@ def test_resume_on_any_number_of_ranks(pool: Pool, tmp_path: Path, kind: str) ->
 def test_reads_what_plain_lightning_wrote(pool: Pool, tmp_path: Path) -> None:
     path = str(tmp_path / "plain.ckpt")
     pool.run(jobs.fit, 1, "GPT", None, 1, num_samples=8, checkpoint=path)
-    assert_goes_on(fit(pool, "GPT", {"parameter_sharding": "full"}, 2, **WHOLE_RUN, resume=path), reference(pool, "GPT", **WHOLE_RUN))
+    assert_goes_on(
+        fit(pool, "GPT", {"parameter_sharding": "full"}, 2, **WHOLE_RUN, resume=path), reference(pool, "GPT", **WHOLE_RUN)
+    )
 
 
 def test_a_checkpoint_callback_saves_during_fit(pool: Pool, tmp_path: Path) -> None:

@@ -129,7 +129,9 @@ def fit_batches(module: type[Sum], sample: Any, other: Any = None, strategy: dic
 
 def test_batch_without_the_dimension(pool: Pool) -> None:
     message = refused(pool, fit_batches, Sum, torch.tensor(1))
-    assert message.startswith("train: rank 0: sequence_dim=1 but no tensor of the batch has such a dimension; the shapes are [(2,)]")
+    assert message.startswith(
+        "train: rank 0: sequence_dim=1 but no tensor of the batch has such a dimension; the shapes are [(2,)]"
+    )
 
 
 def test_batch_shorter_than_the_group(pool: Pool) -> None:

@@ -92,7 +92,9 @@ SHARDED: dict[str, Callable[..., Any]] = {
     "mse": lambda n, x, i: F.mse_loss(x, i.to(x.dtype).unsqueeze(-1).expand_as(x)),
     "l1_sum": lambda n, x, i: F.l1_loss(x, torch.zeros_like(x), reduction="sum"),
     "smooth_l1_none": lambda n, x, i: F.smooth_l1_loss(x, torch.ones_like(x), reduction="none").sum(),
-    "bce": lambda n, x, i: F.binary_cross_entropy_with_logits(x[..., 0], (i > 4).to(x.dtype), pos_weight=torch.tensor(2.0).double()),
+    "bce": lambda n, x, i: F.binary_cross_entropy_with_logits(
+        x[..., 0], (i > 4).to(x.dtype), pos_weight=torch.tensor(2.0).double()
+    ),
     "kl": lambda n, x, i: F.kl_div(x.log_softmax(-1), torch.ones_like(x) / D, reduction="mean"),
     "nll": lambda n, x, i: F.nll_loss(n.head(x).log_softmax(-1).view(-1, V), i.view(-1), ignore_index=2),
 }
@@ -118,7 +120,9 @@ def test_stays_sharded_and_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
-@pytest.mark.parametrize("name", ["class_token", "drop_first", "label_pad", "max_dim", "mean", "last_three", "merge_inner", "middle"])
+@pytest.mark.parametrize(
+    "name", ["class_token", "drop_first", "label_pad", "max_dim", "mean", "last_three", "merge_inner", "middle"]
+)
 def test_stays_exact_on_more_ranks(name: str, ranks: int) -> None:
     check(SHARDED[name], length=9, num_ranks=ranks)
 

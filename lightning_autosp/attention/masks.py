@@ -1,13 +1,14 @@
 """What an attention mask proves to be, from the operators that compute it.
 
 The operators behind a mask are interpreted abstractly: every value is a function of its own indices, kept as an affine form
-(`row + 3`), a boolean formula over comparisons of affine forms (`col <= row and row - col < 4096`), or a choice between two constants
-(`0 where allowed, else -inf`). What comes out is proven for all lengths; nothing is evaluated at a size and nothing is sampled. Anything
-not understood (a padding mask that came with the batch) is unknown, and the mask is kept.
+(`row + 3`), a boolean formula over comparisons of affine forms (`col <= row and row - col < 4096`), or a choice between two
+constants (`0 where allowed, else -inf`). What comes out is proven for all lengths; nothing is evaluated at a size and nothing
+is sampled. Anything not understood (a padding mask that came with the batch) is unknown, and the mask is kept.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -561,7 +562,7 @@ def _catenated(run: _Interpreter, pieces: list[fx.Node], dim: int) -> Value:
     base_offset, _, base = next((p for p in placed if p[1].free_symbols), placed[0])
     whole = _map_forms(base, lambda form: _moved(form, dim, -base_offset))
     for start, size, value in placed:
-        own = _map_forms(value, lambda form, s=start: _moved(form, dim, -s))
+        own = _map_forms(value, functools.partial(_moved, dim=dim, start=-start))
         if own == whole:
             continue
         if size == 1 and isinstance(whole, Affine) and isinstance(value, Affine):
@@ -578,7 +579,7 @@ def _without(form: Affine, dim: int) -> tuple[sympy.Expr, ...]:
 
 
 def _diff(run: _Interpreter, node: fx.Node) -> Value:
-    given = dict(zip(("self", "n", "dim", "prepend", "append"), node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(("self", "n", "dim", "prepend", "append"), node.args, strict=False)) | dict(node.kwargs)
     source = given["self"]
     ndim = len(run.shape(node))
     dim = int(given.get("dim", -1)) % ndim

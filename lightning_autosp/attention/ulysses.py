@@ -1,7 +1,7 @@
 """Ulysses: exchange a shard of the sequence for a shard of the heads, attend, exchange back.
 
-Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3. Letters: B batch, H heads, L whole sequence, l this rank's part, D head dimension,
-P ranks.
+Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3. Letters: B batch, H heads, L whole sequence, l this rank's part, D
+head dimension, P ranks.
 """
 
 from __future__ import annotations

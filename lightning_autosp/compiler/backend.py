@@ -39,7 +39,8 @@ def compile_module(
             on_graph(gm)
             return compile_fx_inner(gm, example_inputs, **options)
 
-        return compile_fx(module, list(inputs), inner_compile=inner)  # type: ignore[arg-type]
+        compiled: Any = compile_fx(module, list(inputs), inner_compile=inner)  # type: ignore[arg-type]
+        return compiled
 
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd

@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
@@ -62,20 +63,18 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
     sources = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = [node.meta["example_value"] for node in sources]
     examples = [_compat.example_of(node) for node in sources]
-    fake_mode = next((v.fake_mode for v in values if isinstance(v, torch.Tensor)), None)
-    if fake_mode is None:
-        fake_mode = torch._subclasses.FakeTensorMode()
+    fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
     _inline_checkpoints(gm)
 
     mutated: list[int] = []
 
-    def run(*args: Any) -> tuple[Any, list[torch.Tensor]]:
+    def run(*args: Any) -> tuple[Any, list[Any]]:
         with _compat.FunctionalTensorMode(pre_dispatch=True, export=True):
             inputs = [_compat.to_fun(a) if isinstance(a, torch.Tensor) else a for a in args]
             with fx_traceback.preserve_node_meta():
                 outputs = _Normalise(gm).run(*inputs)
             outputs = pytree.tree_map_only(torch.Tensor, _compat.from_fun, outputs)
-            updates = []
+            updates: list[Any] = []
             for index, value in enumerate(inputs):
                 if isinstance(value, torch.Tensor) and _compat.has_data_mutation(value):
                     mutated.append(index)
@@ -132,9 +131,9 @@ class _Normalise(fx.Interpreter):
 
         def node_of(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return _compat.get_proxy_slot(_compat.from_fun(value), tracer).proxy.node
+                return _compat.node_of(_compat.from_fun(value), tracer)
             if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-                return _compat.get_proxy_slot(value, tracer).force().node
+                return _compat.node_of(value, tracer)
             if isinstance(value, fx.GraphModule):
                 name = f"opaque_body_{len(tracer.graph.nodes)}"
                 setattr(tracer.root, name, value)

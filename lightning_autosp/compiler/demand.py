@@ -1,7 +1,8 @@
 """Which form of every value is needed, decided backwards from the outputs.
 
-A value's form is `None` (whole: every rank holds all of it) or a `Layout` (part: this rank's positions). Each consumer asks for the form
-it needs; an operator that is asked only for parts and can compute them from parts asks its inputs for parts in turn.
+A value's form is `None` (whole: every rank holds all of it) or a `Layout` (part: this rank's positions). Each consumer asks
+for the form it needs; an operator that is asked only for parts and can compute them from parts asks its inputs for parts in
+turn.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Emitting the graph one rank runs, forwards in the original order.
 
-Everything is an integer here: the symbols have been replaced by one batch's sizes. Each value is emitted in every form that is asked for,
-right where it is computed, so that conversions stand in the same `no_grad` region as the value.
+Everything is an integer here: the symbols have been replaced by one batch's sizes. Each value is emitted in every form that
+is asked for, right where it is computed, so that conversions stand in the same `no_grad` region as the value.
 """
 
 from __future__ import annotations
@@ -144,9 +144,10 @@ class Emitter:
                 setattr(module, node.target, getattr(captured.owner, node.target))
             if node in self.plan.demands:
                 self._emit_node(node)
-        outputs, updates = captured.graph.output_node().args[0]  # type: ignore[misc]
+        results: Any = captured.graph.output_node().args[0]
+        outputs, updates = results
         values = self._map(outputs, {})
-        for placeholder, update in zip(captured.mutated, updates, strict=True):  # type: ignore[arg-type]
+        for placeholder, update in zip(captured.mutated, updates, strict=True):
             self.call(torch.ops.aten.copy_.default, (self._raw[placeholder], self.get(update, None)))
         self._graph.output(tuple(pytree.tree_leaves(values, is_leaf=lambda leaf: leaf is None)))
         self._graph.lint()

@@ -96,8 +96,7 @@ def as_expr(
     replacements: Mapping[sympy.Symbol, sympy.Expr] | None = None,
 ) -> sympy.Expr:
     """Return a size or scalar as an expanded sympy expression in the canonical symbols."""
-    symbolic = isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
-    expr = size.node.expr if symbolic else sympy.sympify(size)
+    expr = size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.sympify(size)
     if replacements:
         # Replacements may point at each other (labels -> ids -> a guarded equality), so apply them until nothing changes.
         for _ in range(8):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -81,6 +80,5 @@ def _ask(target: Any, leaves: list[Any], spec: Any, mesh: DeviceMesh) -> tuple[P
     if communication.get_total_counts():
         return None
     tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
-    if not all(isinstance(tensor, DTensor) for tensor in tensors):
-        return None
-    return tuple(tensor.placements[0] for tensor in tensors)
+    placed = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    return tuple(tensor.placements[0] for tensor in placed) if len(placed) == len(tensors) else None

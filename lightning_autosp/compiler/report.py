@@ -242,7 +242,7 @@ class Report:
                     f"lowered in {step.compile_s:.2f} s",
                 )
             )
-            for count, call in _grouped((f"{a.method} at {a.where}" for a in step.attention)):
+            for count, call in _grouped(f"{a.method} at {a.where}" for a in step.attention):
                 rows.append(("  attention", f"{count} x {call}"))
             for name, (count, size) in step.collectives.items():
                 rows.append(("  collective", f"{count} x {name}, {size / MiB:.2f} MiB a rank"))

@@ -1,7 +1,7 @@
 """All ranks of a group in one process: a thread a rank, collectives by rendezvous.
 
-Lowered programs run eagerly under a dispatch mode that answers the functional collectives from the other threads' tensors. No process
-group, no network: what the compiler made can be compared with one device anywhere.
+Lowered programs run eagerly under a dispatch mode that answers the functional collectives from the other threads' tensors. No
+process group, no network: what the compiler made can be compared with one device anywhere.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -99,10 +99,11 @@ class LoweredStep:
         sizes: dict[sympy.Symbol, int] = {}
         for node, value in zip(self.captured.placeholders, inputs, strict=True):
             known = node.meta["val"]
+            pairs: Iterable[tuple[Any, int]] = ()
             if isinstance(value, Tensor):
                 pairs = zip(self.captured.shape(known), value.shape, strict=True)
-            else:
-                pairs = iter([(self.captured.expr(known), value)] if isinstance(known, torch.SymInt) else [])
+            elif isinstance(known, torch.SymInt):
+                pairs = [(self.captured.expr(known), value)]
             for expr, size in pairs:
                 for symbol in expr.free_symbols - sizes.keys():
                     solved = sympy.solve(expr - int(size), symbol)
@@ -157,11 +158,12 @@ class LoweredStep:
 
 
 def _sequence_marks(emitter: Emitter) -> list[tuple[int, int]]:
-    outputs = emitter.plan.captured.graph.output_node().args[0][0]  # type: ignore[index]
+    results: Any = emitter.plan.captured.graph.output_node().args[0]
+    outputs, _ = results
     facts = emitter.facts
     return [
         (index, dim)
-        for index, node in enumerate(outputs)  # type: ignore[arg-type]
+        for index, node in enumerate(outputs)
         if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
         for dim in facts.sequence_dims(node)
     ]

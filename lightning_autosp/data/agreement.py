@@ -19,7 +19,7 @@ def checksum(tensors: Sequence[Tensor]) -> int:
     for tensor in tensors:
         total = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), total)
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        total = zlib.crc32(memoryview(raw.numpy()), total)
+        total = zlib.crc32(raw.numpy().tobytes(), total)
     return total
 
 
@@ -65,8 +65,8 @@ def agree(error: str | None, total: int, data_rank: int, device: torch.device) -
         if len(set(by_rank.values())) > 1:
             shown = ", ".join(f"rank {rank}: {value:08x}" for rank, value in by_rank.items())
             return (
-                f"the ranks of sequence group {group} loaded different batches (checksums {shown}). They have to load the same samples: "
-                f"let Lightning inject its sampler, or shard custom samplers and IterableDatasets by "
+                f"the ranks of sequence group {group} loaded different batches (checksums {shown}). They have to load the same "
+                f"samples: let Lightning inject its sampler, or shard custom samplers and IterableDatasets by "
                 f"trainer.strategy.data_parallel_rank of trainer.strategy.data_parallel_size, with random transforms seeded by it."
             )
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from typing import Any
 
 import sympy
@@ -20,8 +19,8 @@ __all__ = ["ask_pytorch", "generic", "pointwise"]
 
 aten = torch.ops.aten
 
-# Operators whose DTensor answer "average the partial results" is true of every position alike. A weighted mean (any loss that ignores
-# targets) gets the same answer and is not, so it needs a rule of its own.
+# Operators whose DTensor answer "average the partial results" is true of every position alike. A weighted mean (any loss that
+# ignores targets) gets the same answer and is not, so it needs a rule of its own.
 TRUE_MEANS = {aten.mean.default, aten.mean.dim}
 
 

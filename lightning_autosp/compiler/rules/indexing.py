@@ -134,7 +134,8 @@ def take_positions(
 
 def cat(facts: Facts, node: fx.Node) -> Sharding | None:
     """Concatenate along another dimension, or add positions before and behind the sequence."""
-    pieces = [piece for piece in node.args[0] if not _is_empty_vector(facts, piece)]  # type: ignore[union-attr]
+    listed: Any = node.args[0]
+    pieces: list[fx.Node] = [piece for piece in listed if not _is_empty_vector(facts, piece)]
     shape = facts.shape(node)
     dim = int(_argument(node, 1, node.kwargs.get("dim", 0))) % len(shape)
     found = facts.reference(pieces)
@@ -187,9 +188,8 @@ def _is_empty_vector(facts: Facts, node: fx.Node) -> bool:
 
 def pad(facts: Facts, node: fx.Node) -> Sharding | None:
     """Constant padding: at the ends of the sequence only the first and the last rank pad."""
-    source, amounts = node.args[0], node.args[1]
-    assert isinstance(source, fx.Node)
-    assert isinstance(amounts, (list, tuple))
+    source: Any = node.args[0]
+    amounts: Any = node.args[1]
     layout = facts.layout(source)
     if layout is None or not all(isinstance(amount, int) for amount in amounts):
         return None

@@ -1,7 +1,7 @@
 """Losses: the exact global value, whatever each shard holds.
 
-A mean is a quotient of two sums over the whole sequence (weights of the counted tokens, not tokens per rank), so both are summed over
-the ranks before the division; a shard whose tokens are all ignored adds zero to both.
+A mean is a quotient of two sums over the whole sequence (weights of the counted tokens, not tokens per rank), so both are
+summed over the ranks before the division; a shard whose tokens are all ignored adds zero to both.
 """
 
 from __future__ import annotations
@@ -150,9 +150,7 @@ def elementwise(facts: Facts, node: fx.Node) -> Sharding | None:
     return finished and replace(finished, kind="loss", note=f"reduction={_REDUCTION[reduction]!r}")
 
 
-def _broadcast(
-    facts: Facts, inputs: list[fx.Node], found: tuple[fx.Node, Layout]
-) -> tuple[dict[fx.Node, Layout], Layout] | None:
+def _broadcast(facts: Facts, inputs: list[fx.Node], found: tuple[fx.Node, Layout]) -> tuple[dict[fx.Node, Layout], Layout] | None:
     """Return what each input is needed as, dimensions counted from the last."""
     reference, layout = found
     from_last = len(facts.shape(reference)) - layout.dim

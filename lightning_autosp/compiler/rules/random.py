@@ -1,7 +1,7 @@
 """Random operators: independent on every rank where the value is a part, the same on all ranks where it is whole.
 
-While a graph with sharded random operators runs, each rank draws from a stream of its own (`specialise.py`), so a sharded dropout is
-already independent. A whole random value is drawn by the group's first rank and given to the others.
+While a graph with sharded random operators runs, each rank draws from a stream of its own (`specialise.py`), so a sharded
+dropout is already independent. A whole random value is drawn by the group's first rank and given to the others.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def is_random(node: fx.Node) -> bool:
     """Whether the value differs from call to call (`dropout` in evaluation does not)."""
     target = node.target
     if target in (aten.dropout.default, aten.native_dropout.default):
-        return bool(node.args[2]) and node.args[1] != 0
+        return bool(node.args[2] and node.args[1] != 0)
     if target is aten.scaled_dot_product_attention.default:
-        return (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) != 0
+        return bool((node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) != 0)
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 

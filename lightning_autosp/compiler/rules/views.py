@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import sympy
@@ -34,8 +35,12 @@ def view(facts: Facts, node: fx.Node) -> Sharding | None:
         inner = sympy.cancel(behind / sympy.prod(shape_out[dim + 1 :]))
         out = Layout(dim, layout.span, outer, inner)
         if _whole(outer) and _whole(inner) and out.size == size and facts.sequence_dims(node) == [dim]:
-            return Sharding({source: layout}, out, lambda em, n: em.reshape(n.args[0], layout, out, n))
+            return Sharding({source: layout}, out, functools.partial(_reshape, layout=layout, out=out))
     return None
+
+
+def _reshape(em: Emitter, node: fx.Node, *, layout: Layout, out: Layout) -> fx.Node:
+    return em.reshape(node.args[0], layout, out, node)
 
 
 def _whole(expr: sympy.Expr) -> bool:
