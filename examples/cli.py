@@ -5,4 +5,4 @@ from text import TextData
 from train_text import TextLM
 
 if __name__ == "__main__":
-    LightningCLI(TextLM, TextData)
+    LightningCLI(TextLM, TextData, save_config_callback=None)

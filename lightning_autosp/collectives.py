@@ -47,13 +47,10 @@ class Group(NamedTuple):
     name: str
     size: int
     rank: int
-    first: int = 0
-    """Global rank of the group's first member, the source of broadcasts."""
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup) -> Group:
-        first = dist.get_process_group_ranks(process_group)[0]
-        return cls(process_group.group_name, process_group.size(), process_group.rank(), first)
+        return cls(process_group.group_name, process_group.size(), process_group.rank())
 
 
 def _all_reduce(x: Tensor, op: str, group: Group) -> Tensor:
@@ -186,7 +183,7 @@ def amax_across(x: Tensor, dims: Sequence[int], keepdim: bool, group: Group, *, 
 
 def broadcast_first(x: Tensor, group: Group) -> Tensor:
     """Give every rank the value of the group's first rank; no gradient."""
-    return _ops.wait_tensor(_ops.broadcast(x.detach().contiguous(), group.first, group.name))
+    return _ops.wait_tensor(_ops.broadcast(x.detach().contiguous(), 0, group.name))
 
 
 class _AverageGradient(torch.autograd.Function):

@@ -16,6 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, To
 from torchmetrics import Metric
 
 from lightning_autosp import _compat
+from lightning_autosp.compiler.capture import NeedsBreakError
 from lightning_autosp.compiler.report import GraphBreak, StrictModeError
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.parameters import ModuleParameters
@@ -76,9 +77,10 @@ class CompiledStep:
             except FailOnRecompileLimitHit as error:
                 self._change("eager", "the step keeps changing (a Python number that differs every time?)", error)
             except TorchDynamoException as error:
-                if self._mode != "whole" or isinstance(error, BackendCompilerFailed):
+                cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+                if self._mode != "whole" or not isinstance(cause, (NeedsBreakError, TorchDynamoException)):
                     raise
-                self._change("pieces", _headline(error), error)
+                self._change("pieces", _headline(cause), error)
         self._deferred.replay()
         return result
 

@@ -308,8 +308,7 @@ class AutoSPStrategy(ParallelStrategy):
         group = self._meshes.sequence_group
         first = dist.get_process_group_ranks(group)[0]
         states = [torch.get_rng_state(), torch.cuda.get_rng_state(self.root_device) if self.root_device.type == "cuda" else None]
-        with torch.device(self.root_device):
-            dist.broadcast_object_list(states, src=first, group=group)
+        dist.broadcast_object_list(states, src=first, group=group)
         assert states[0] is not None
         torch.set_rng_state(states[0])
         if states[1] is not None:
@@ -330,6 +329,8 @@ class AutoSPStrategy(ParallelStrategy):
         if self._parameters is not None:
             self._parameters.restore(values=not self._failed)
         self._parameters, self._failed = None, False
+        if self.lightning_module is not None:
+            self.lightning_module._device_mesh = None
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -360,7 +361,7 @@ class AutoSPStrategy(ParallelStrategy):
         error = batch_error(tensors, self._sequence_dim, self.sequence_parallel_size)
         if stage not in self._checked_stages and self.world_size > 1:
             self._checked_stages.add(stage)
-            error = agree(error, checksum(tensors), self.data_parallel_rank, self.root_device)
+            error = agree(error, checksum(tensors), self.data_parallel_rank)
         if error is not None:
             raise MisconfigurationException(f"{module.trainer.state.stage.value}: {error}")  # type: ignore[union-attr]
         return batch
@@ -373,7 +374,7 @@ class AutoSPStrategy(ParallelStrategy):
         """
         tensors = batch_tensors(batch)
         found = batch_error(tensors, self._sequence_dim, self.sequence_parallel_size)
-        error = agree(found, checksum(tensors), self.data_parallel_rank, self.root_device)
+        error = agree(found, checksum(tensors), self.data_parallel_rank)
         if error is not None:
             raise MisconfigurationException(error)
 
@@ -498,7 +499,6 @@ class AutoSPStrategy(ParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        torch.cuda.empty_cache()
         path = Path(self.broadcast(checkpoint_path))
         if checkpoints.is_distributed_checkpoint(path):
             assert self.lightning_module is not None

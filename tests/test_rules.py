@@ -270,3 +270,8 @@ def test_sequence_first() -> None:
 def test_length_shorter_than_the_ranks_runs_in_full() -> None:
     report = check(SHARDED["mean"], length=3, num_ranks=4).report
     assert "3 leaves some of 4 ranks" in report.in_full[0].reason
+
+
+def test_logged_item_stays_in_the_graph() -> None:
+    lowered = check(lambda n, x, i: (x.sum(), torch.scalar_tensor(x.mean().item(), dtype=torch.float64)))
+    assert not lowered.report.in_full

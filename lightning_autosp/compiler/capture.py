@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from lightning_autosp import _compat
 from lightning_autosp.compiler.layout import as_expr
 
-__all__ = ["Captured", "capture"]
+__all__ = ["Captured", "NeedsBreakError", "capture"]
 
 
 @dataclass
@@ -83,6 +83,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
 
     with fake_mode, fx_traceback.preserve_node_meta():
         traced = _compat.make_fx(run, pre_dispatch=True, tracing_mode="real")(*values)
+    _keep_items_as_tensors(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     replacements = _compat.shape_replacements(fake_mode)
 
@@ -109,6 +110,26 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
         trainable=trainable | set(parameters),
         mutated=[placeholders[index] for index in mutated],
     )
+
+
+def _keep_items_as_tensors(graph: fx.Graph) -> None:
+    """Undo `tensor -> Python number -> tensor`, which is what Dynamo makes of `self.log("x", loss.item())`."""
+    for item in list(graph.find_nodes(op="call_function", target=torch.ops.aten.item.default)):
+        for user in list(item.users):
+            if user.target is torch.ops.aten.scalar_tensor.default:
+                with graph.inserting_before(user):
+                    detached = graph.call_function(torch.ops.aten.detach.default, (item.args[0],))
+                    copied = graph.call_function(torch.ops.aten._to_copy.default, (detached,), {"dtype": user.meta["val"].dtype})
+                detached.meta, copied.meta = dict(item.args[0].meta), dict(user.meta)
+                user.replace_all_uses_with(copied)
+                graph.erase_node(user)
+        if item.users:
+            raise NeedsBreakError("Python computes with a tensor's value")
+        graph.erase_node(item)
+
+
+class NeedsBreakError(Exception):
+    """The step cannot be one graph, though Dynamo could trace it as one."""
 
 
 class _Normalise(fx.Interpreter):

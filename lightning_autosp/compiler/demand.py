@@ -22,7 +22,7 @@ from lightning_autosp.compiler import rules
 from lightning_autosp.compiler.capture import Captured
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import Facts, Sharding, tensor_inputs
+from lightning_autosp.compiler.rule import Facts, Sharding, is_size, tensor_inputs
 from lightning_autosp.compiler.rules.random import can_broadcast, emit_whole, is_random
 
 __all__ = ["Form", "Plan", "make_plan"]
@@ -146,7 +146,7 @@ def _demand(facts: Facts, possible: dict[fx.Node, Sharding]) -> Plan:
     for node in reversed(facts.captured.graph.nodes):
         if node.op == "output":
             for value in pytree.tree_leaves(node.args):
-                if isinstance(value, fx.Node):
+                if isinstance(value, fx.Node) and not is_size(value):
                     ask(value, None, node)
             continue
         if is_region_mark(node):
@@ -169,7 +169,7 @@ def _demand(facts: Facts, possible: dict[fx.Node, Sharding]) -> Plan:
         chosen = shardings.get(node)
         needs, unused = (chosen.needs, chosen.unused) if chosen else ({}, ())
         for source in node.all_input_nodes:
-            if source not in unused and not isinstance(source.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if source not in unused and not is_size(source):
                 ask(source, needs.get(source), node)
     return Plan(facts, shardings, dict(demands), rank_streams=False, broadcast={})
 

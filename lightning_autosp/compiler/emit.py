@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_autosp import collectives
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.layout import Layout
+from lightning_autosp.compiler.rule import is_size
 
 if TYPE_CHECKING:
     from lightning_autosp.compiler.demand import Form, Plan
@@ -229,11 +230,9 @@ class Emitter:
 
     def _map(self, value: Any, needs: Mapping[fx.Node, Layout]) -> Any:
         def one(node: fx.Node) -> Any:
-            known = node.meta.get("val")
-            if isinstance(known, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-                expr = self.facts.captured.expr(known).xreplace(self.sizes)
-                if not expr.free_symbols:
-                    return int(expr) if isinstance(known, torch.SymInt) else _number(expr)
+            if is_size(node):
+                expr = self.facts.expr(node).xreplace(self.sizes)
+                return int(expr) if isinstance(node.meta["val"], torch.SymInt) else _number(expr)
             return self.get(node, needs.get(node))
 
         return fx.map_arg(value, one)

@@ -18,7 +18,7 @@ from lightning_autosp.compiler.layout import Layout, Span, affine_length, layout
 if TYPE_CHECKING:
     from lightning_autosp.compiler.emit import Emitter
 
-__all__ = ["Facts", "Rule", "Sharding", "shape_of", "tensor_inputs"]
+__all__ = ["Facts", "Rule", "Sharding", "is_size", "tensor_inputs"]
 
 Kind = Literal["local", "reduction", "loss", "attention"]
 
@@ -47,8 +47,9 @@ class Sharding:
 Rule = Callable[["Facts", fx.Node], "Sharding | None"]
 
 
-def shape_of(node: fx.Node) -> torch.Size:
-    return node.meta["val"].shape
+def is_size(node: fx.Node) -> bool:
+    """Whether the node is a number that follows from the inputs' sizes: a constant once they are known."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

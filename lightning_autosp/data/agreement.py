@@ -40,21 +40,19 @@ def batch_error(tensors: Sequence[Tensor], sequence_dim: int, num_ranks: int) ->
     return None
 
 
-def agree(error: str | None, total: int, data_rank: int, device: torch.device) -> str | None:
+def agree(error: str | None, total: int, data_rank: int) -> str | None:
     """Compare batches over all ranks. A collective over the default group; every rank gets the same answer.
 
     Args:
         error: What this rank found wrong with its batch.
         total: The checksum of its batch.
         data_rank: Ranks with the same number have to hold the same batch.
-        device: Where the backend communicates.
 
     Returns:
         What is wrong with any rank's batch, or `None`.
     """
     everyone: list[Any] = [None] * dist.get_world_size()
-    with torch.device(device):
-        dist.all_gather_object(everyone, (error, total, data_rank))
+    dist.all_gather_object(everyone, (error, total, data_rank))
     for rank, (problem, _, _) in enumerate(everyone):
         if problem is not None:
             return f"rank {rank}: {problem}"

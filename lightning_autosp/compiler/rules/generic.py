@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_autosp.compiler.layout import Layout
 from lightning_autosp.compiler.locality import Argument, is_pointwise, placements_of
-from lightning_autosp.compiler.rule import Facts, Sharding, tensor_inputs
+from lightning_autosp.compiler.rule import Facts, Sharding, is_size, tensor_inputs
 from lightning_autosp.compiler.rules.partial import finish_partial
 
 __all__ = ["ask_pytorch", "generic", "pointwise"]
@@ -72,8 +72,7 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
             needs[value] = fitted
         elif facts.has_sequence(value):
             return None
-    scalars = [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), (torch.Tensor, list, tuple))]
-    if any(facts.expr(n).free_symbols & facts.symbols for n in scalars if isinstance(n.meta.get("val"), torch.SymInt)):
+    if any(facts.expr(n).free_symbols & facts.symbols for n in node.all_input_nodes if is_size(n)):
         return None  # a size argument: it would have to be made local, which only a rule knows how to do
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _argument(facts, n, needs.get(n), layout))
     placements = placements_of(node.target, args, kwargs, facts.mesh)
@@ -107,7 +106,7 @@ def _argument(facts: Facts, node: fx.Node, layout: Layout | None, reference: Lay
             value.dtype,
             None if layout is None else layout.dim,
         )
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if is_size(node):
         return int(_representative(facts.expr(node), reference, facts.mesh.size()))
     return value
 
