@@ -16,8 +16,8 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, To
 from torchmetrics import Metric
 
 from lightning_autosp import _compat
-from lightning_autosp.compiler.capture import NeedsBreakError
 from lightning_autosp.compiler.report import GraphBreak, StrictModeError
+from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.parameters import ModuleParameters
 
@@ -78,6 +78,9 @@ class CompiledStep:
                 self._change("eager", "the step keeps changing (a Python number that differs every time?)", error)
             except TorchDynamoException as error:
                 cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+                if self._mode == "pieces" and isinstance(cause, NeedsBreakError):
+                    self._change("eager", _headline(cause), error)
+                    continue
                 if self._mode != "whole" or not isinstance(cause, (NeedsBreakError, TorchDynamoException)):
                     raise
                 self._change("pieces", _headline(cause), error)

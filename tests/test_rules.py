@@ -275,3 +275,36 @@ def test_length_shorter_than_the_ranks_runs_in_full() -> None:
 def test_logged_item_stays_in_the_graph() -> None:
     lowered = check(lambda n, x, i: (x.sum(), torch.scalar_tensor(x.mean().item(), dtype=torch.float64)))
     assert not lowered.report.in_full
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x, b: x * b,
+        lambda x, b: (x.mean() * (1 - b) + b * 2) / (b + 1) + x,
+        lambda x, b: x.to(torch.bfloat16) * b,
+        lambda x, b: x + x.mean().item() * b,
+        lambda x, b: x / (x > 0).sum().item(),
+    ],
+    ids=["factor", "schedule", "bf16", "item", "count"],
+)
+def test_python_numbers_that_change_stay_in_the_graph(compute: Any) -> None:
+    net = Net(lambda n, x, i: x)
+    ids = ids_of(13)
+    for beta in (0.25, 0.5, 0.75):  # Dynamo gives up on constants at the second value
+        reference = compute(net(ids).float(), beta)
+        lowered = lower_with_number(net, compute, ids, beta)
+        for outputs in lowered.outputs:
+            assert outputs[1].dtype == reference.dtype
+            torch.testing.assert_close(outputs[1], reference, rtol=2e-6 if reference.dtype is torch.float32 else 1e-2, atol=1e-6)
+    assert not lowered.report.in_full
+
+
+def lower_with_number(net: Net, compute: Any, ids: Tensor, beta: float) -> Any:
+    holder = type("Holder", (), {"beta": torch.tensor(beta, dtype=torch.float64)})
+
+    def function(ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = compute(net(ids).float(), holder.beta.item())
+        return x.float().mean(), x
+
+    return lower(function, (ids,), net, backward=False)

@@ -95,12 +95,15 @@ def test_help_documents_every_option() -> None:
 
 
 class Everything(modules.GPT):
-    """Logs an item, branches on Python numbers, freezes a parameter, draws random numbers."""
+    """Logs an item, branches on Python numbers, anneals, freezes a parameter, draws random numbers."""
 
     def __init__(self, lr: float = 1e-2, rate: float = 0.0) -> None:
         super().__init__(lr)
         self.rate = rate
         self.positions.weight.requires_grad_(False)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.anneal = 1 / (1 + 0.1 * batch_idx)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         logits = self(batch["ids"])
@@ -109,6 +112,7 @@ class Everything(modules.GPT):
         self.log("tokens", batch["ids"].shape[1], batch_size=batch["ids"].shape[0])
         if batch_idx % 2 == 0:
             self.log("even", loss)
+        loss = loss * self.anneal + 0.01 * (1 - self.anneal)
         loss = F.dropout(loss.expand(3), self.rate).mean() + 0 * F.dropout(logits, self.rate).mean()
         self.log("loss", loss)
         return {"loss": loss, "last": logits[:, -1].detach()}

@@ -3,10 +3,12 @@
 | file            | what it does                                                         |
 |-----------------|----------------------------------------------------------------------|
 | `capture.py`    | Dynamo's graph, normalised to functional ATen with symbolic shapes   |
+| `scalars.py`    | numbers read from tensors stay tensors                               |
 | `layout.py`     | where the sequence is in a tensor and which part each rank owns      |
 | `locality.py`   | asks PyTorch whether an operator is local                            |
 | `rules/`        | how operators run on shards, one file a family                       |
 | `demand.py`     | which form of each value is needed, backwards                        |
+| `plan.py`       | what was decided                                                     |
 | `emit.py`       | the graph of one rank, forwards                                      |
 | `specialise.py` | one program per set of sizes, cached                                 |
 | `backend.py`    | AOTAutograd and Inductor                                             |

@@ -21,8 +21,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from lightning_autosp import _compat
 from lightning_autosp.compiler.layout import as_expr
+from lightning_autosp.compiler.scalars import keep_numbers_as_tensors
 
-__all__ = ["Captured", "NeedsBreakError", "capture"]
+__all__ = ["Captured", "capture", "is_size"]
 
 
 @dataclass
@@ -83,7 +84,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
 
     with fake_mode, fx_traceback.preserve_node_meta():
         traced = _compat.make_fx(run, pre_dispatch=True, tracing_mode="real")(*values)
-    _keep_items_as_tensors(traced.graph)
+    keep_numbers_as_tensors(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     replacements = _compat.shape_replacements(fake_mode)
 
@@ -112,24 +113,9 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
     )
 
 
-def _keep_items_as_tensors(graph: fx.Graph) -> None:
-    """Undo `tensor -> Python number -> tensor`, which is what Dynamo makes of `self.log("x", loss.item())`."""
-    for item in list(graph.find_nodes(op="call_function", target=torch.ops.aten.item.default)):
-        for user in list(item.users):
-            if user.target is torch.ops.aten.scalar_tensor.default:
-                with graph.inserting_before(user):
-                    detached = graph.call_function(torch.ops.aten.detach.default, (item.args[0],))
-                    copied = graph.call_function(torch.ops.aten._to_copy.default, (detached,), {"dtype": user.meta["val"].dtype})
-                detached.meta, copied.meta = dict(item.args[0].meta), dict(user.meta)
-                user.replace_all_uses_with(copied)
-                graph.erase_node(user)
-        if item.users:
-            raise NeedsBreakError("Python computes with a tensor's value")
-        graph.erase_node(item)
-
-
-class NeedsBreakError(Exception):
-    """The step cannot be one graph, though Dynamo could trace it as one."""
+def is_size(node: fx.Node) -> bool:
+    """Whether the node is a number that follows from the inputs' sizes: a constant once they are known."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 class _Normalise(fx.Interpreter):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import sympy
 import torch
@@ -19,15 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from lightning_autosp.compiler import rules
-from lightning_autosp.compiler.capture import Captured
-from lightning_autosp.compiler.emit import Emitter
+from lightning_autosp.compiler.capture import Captured, is_size
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import Facts, Sharding, is_size, tensor_inputs
+from lightning_autosp.compiler.plan import Form, Plan
+from lightning_autosp.compiler.rule import Facts, Sharding, tensor_inputs
 from lightning_autosp.compiler.rules.random import can_broadcast, emit_whole, is_random
 
-__all__ = ["Form", "Plan", "make_plan"]
-
-Form = Layout | None
+__all__ = ["make_plan"]
 
 _REGION_MARKS = {
     torch._C._set_grad_enabled,
@@ -35,25 +32,6 @@ _REGION_MARKS = {
     torch.amp.autocast_mode._exit_autocast,
 }
 """Calls that switch a mode on or off: kept where they are."""
-
-
-@dataclass
-class Plan:
-    """What to emit for every node of a captured step."""
-
-    facts: Facts
-    shardings: dict[fx.Node, Sharding]
-    """Nodes that are computed from parts."""
-    demands: dict[fx.Node, dict[Form, list[fx.Node]]]
-    """Forms of each node that are asked for, with who asks; nodes that are absent are dead."""
-    rank_streams: bool
-    """Whether each rank draws random numbers of its own while the graph runs."""
-    broadcast: dict[fx.Node, Callable[[Emitter, fx.Node], fx.Node]]
-    """Random nodes whose whole value the first rank draws for all, with what emits them."""
-
-    @property
-    def captured(self) -> Captured:
-        return self.facts.captured
 
 
 def is_region_mark(node: fx.Node) -> bool:

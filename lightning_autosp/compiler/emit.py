@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -18,11 +18,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_autosp import collectives
 from lightning_autosp.collectives import Group
+from lightning_autosp.compiler.capture import is_size
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import is_size
-
-if TYPE_CHECKING:
-    from lightning_autosp.compiler.demand import Form, Plan
+from lightning_autosp.compiler.plan import Form, Plan
 
 __all__ = ["Emitter", "Program", "gather_layout", "slice_layout"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -15,10 +15,7 @@ from torch.utils import _pytree as pytree
 from lightning_autosp.compiler.capture import Captured
 from lightning_autosp.compiler.layout import Layout, Span, affine_length, layout_of_shape
 
-if TYPE_CHECKING:
-    from lightning_autosp.compiler.emit import Emitter
-
-__all__ = ["Facts", "Rule", "Sharding", "is_size", "tensor_inputs"]
+__all__ = ["Facts", "Rule", "Sharding", "bound", "tensor_inputs"]
 
 Kind = Literal["local", "reduction", "loss", "attention"]
 
@@ -30,7 +27,7 @@ class Sharding:
     Attributes:
         needs: Tensor inputs wanted as this rank's part, with the layout they are wanted in. All others are wanted in full.
         output: The layout of the result; `None` if every rank computes the whole; a tuple for several outputs.
-        emit: Adds the nodes that compute it; `None` calls the operator itself on the parts.
+        emit: `emit(emitter, node)` adds the nodes that compute it (`emit.Emitter`); `None` calls the operator itself on the parts.
         kind: What the report counts it as.
         note: What the report says of it.
         unused: Inputs the emitted form does without.
@@ -38,7 +35,7 @@ class Sharding:
 
     needs: Mapping[fx.Node, Layout]
     output: Layout | None | tuple[Layout | None, ...]
-    emit: Callable[[Emitter, fx.Node], Any] | None = None
+    emit: Callable[[Any, fx.Node], Any] | None = None
     kind: Kind = "local"
     note: str = ""
     unused: tuple[fx.Node, ...] = ()
@@ -47,9 +44,13 @@ class Sharding:
 Rule = Callable[["Facts", fx.Node], "Sharding | None"]
 
 
-def is_size(node: fx.Node) -> bool:
-    """Whether the node is a number that follows from the inputs' sizes: a constant once they are known."""
-    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+def bound(node: fx.Node) -> dict[str, Any]:
+    """Return an operator's arguments by their schema names, defaults filled in."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    values = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    values.update(zip((a.name for a in arguments), node.args, strict=False))
+    values.update(node.kwargs)
+    return values
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

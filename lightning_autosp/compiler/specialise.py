@@ -18,9 +18,10 @@ from lightning_autosp import _compat
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.backend import CompileBackend, compile_module
 from lightning_autosp.compiler.capture import Captured, capture
-from lightning_autosp.compiler.demand import Plan, make_plan
+from lightning_autosp.compiler.demand import make_plan
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import ShardTooShortError
+from lightning_autosp.compiler.plan import Plan
 from lightning_autosp.compiler.report import Report, StepReport
 
 __all__ = ["MAX_PROGRAMS", "Compiler", "LoweredStep", "Parameters"]

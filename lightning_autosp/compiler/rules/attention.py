@@ -11,7 +11,7 @@ from lightning_autosp.attention.masks import prove_mask
 from lightning_autosp.attention.ulysses import ulysses_attention
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import Facts, Rule, Sharding
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
 
 __all__ = ["RULES"]
 
@@ -19,9 +19,7 @@ aten = torch.ops.aten
 
 
 def attention(facts: Facts, node: fx.Node) -> Sharding | None:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    given: dict[str, Any] = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = bound(node)
     query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
     layout = facts.layout(query)
     rows = len(facts.shape(query)) - 2

@@ -10,12 +10,13 @@ from torch import fx
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.utils import _pytree as pytree
 
+from lightning_autosp.compiler.capture import is_size
 from lightning_autosp.compiler.layout import Layout
 from lightning_autosp.compiler.locality import Argument, is_pointwise, placements_of
-from lightning_autosp.compiler.rule import Facts, Sharding, is_size, tensor_inputs
+from lightning_autosp.compiler.rule import Facts, Sharding, tensor_inputs
 from lightning_autosp.compiler.rules.partial import finish_partial
 
-__all__ = ["ask_pytorch", "generic", "pointwise"]
+__all__ = ["ask_pytorch", "broadcast_needs", "generic", "pointwise"]
 
 aten = torch.ops.aten
 
@@ -41,16 +42,30 @@ def pointwise(facts: Facts, node: fx.Node) -> Sharding | None:
     out = layout.at(layout.dim + len(shape) - len(facts.shape(reference)))
     if facts.sequence_dims(node) != [out.dim]:
         return None
+    needs = broadcast_needs(facts, inputs, out, len(shape) - out.dim)
+    return None if needs is None else Sharding(needs, out)
+
+
+def broadcast_needs(facts: Facts, inputs: list[fx.Node], layout: Layout, from_last: int) -> dict[fx.Node, Layout] | None:
+    """Return which inputs of a broadcast are needed as parts, or `None` if one cannot be cut to match.
+
+    Args:
+        facts: What is known of the graph.
+        inputs: The operands; dimensions line up from the last.
+        layout: The sequence of the result.
+        from_last: Its dimension, counted from behind the last: 1 for the last one.
+    """
     needs: dict[fx.Node, Layout] = {}
     for value in inputs:
-        dim = out.dim - (len(shape) - len(facts.shape(value)))
-        if dim < 0 or facts.shape(value)[dim] == 1:
+        shape = facts.shape(value)
+        dim = len(shape) - from_last
+        if dim < 0 or shape[dim] == 1:
             continue
-        fitted = facts.fit(value, dim, out)
+        fitted = facts.fit(value, dim, layout)
         if fitted is None:
             return None
         needs[value] = fitted
-    return Sharding(needs, out)
+    return needs
 
 
 def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:

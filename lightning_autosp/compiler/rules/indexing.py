@@ -14,7 +14,7 @@ from torch import fx
 from lightning_autosp import collectives
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import Facts, Rule, Sharding, tensor_inputs
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound, tensor_inputs
 from lightning_autosp.compiler.rules.generic import ask_pytorch
 
 __all__ = ["RULES"]
@@ -22,21 +22,17 @@ __all__ = ["RULES"]
 aten = torch.ops.aten
 
 
-def _argument(node: fx.Node, index: int, default: Any) -> Any:
-    value = node.args[index] if len(node.args) > index else default
-    return default if value is None else value
-
-
 def slice_(facts: Facts, node: fx.Node) -> Sharding | None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     layout = facts.layout(source)
-    dim = _argument(node, 1, 0) % len(facts.shape(source))
+    given = bound(node)
+    dim = given["dim"] % len(facts.shape(source))
     if layout is None or dim != layout.dim:
         return ask_pytorch(facts, node)
-    if _argument(node, 4, 1) != 1 or layout.merged:
+    if given["step"] != 1 or layout.merged:
         return None
-    size, start = facts.shape(node)[dim], _position(facts, _argument(node, 2, 0), layout)
+    size, start = facts.shape(node)[dim], _position(facts, given["start"] or 0, layout)
     if start is None:
         return None
     if not size.free_symbols:  # a few positions at a known end: every rank gets them
@@ -137,7 +133,7 @@ def cat(facts: Facts, node: fx.Node) -> Sharding | None:
     listed: Any = node.args[0]
     pieces: list[fx.Node] = [piece for piece in listed if not _is_empty_vector(facts, piece)]
     shape = facts.shape(node)
-    dim = int(_argument(node, 1, node.kwargs.get("dim", 0))) % len(shape)
+    dim = bound(node)["dim"] % len(shape)
     found = facts.reference(pieces)
     if found is None:
         return None
@@ -193,7 +189,7 @@ def pad(facts: Facts, node: fx.Node) -> Sharding | None:
     layout = facts.layout(source)
     if layout is None or not all(isinstance(amount, int) for amount in amounts):
         return None
-    if node.target is aten.pad.default and _argument(node, 2, "constant") != "constant":
+    if node.target is aten.pad.default and bound(node)["mode"] != "constant":
         return None
     slot = 2 * (len(facts.shape(source)) - 1 - layout.dim)
     before, behind = (amounts[slot], amounts[slot + 1]) if slot < len(amounts) else (0, 0)
@@ -235,7 +231,7 @@ def stack(facts: Facts, node: fx.Node) -> Sharding | None:
     fitted = {piece: facts.fit(piece, layout.dim, layout) for piece in pieces}
     if any(value is None for value in fitted.values()):
         return None
-    dim = int(_argument(node, 1, node.kwargs.get("dim", 0))) % len(facts.shape(node))
+    dim = bound(node)["dim"] % len(facts.shape(node))
     out = layout.at(layout.dim + (dim <= layout.dim))
     return Sharding({piece: value for piece, value in fitted.items() if value is not None}, out)
 

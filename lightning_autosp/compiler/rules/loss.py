@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from lightning_autosp import collectives
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.emit import Emitter
-from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import Facts, Rule, Sharding, tensor_inputs
-from lightning_autosp.compiler.rules.generic import pointwise
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound, tensor_inputs
+from lightning_autosp.compiler.rules.generic import broadcast_needs, pointwise
 from lightning_autosp.compiler.rules.partial import finish_partial
 
 __all__ = ["RULES", "sharded_cross_entropy", "sharded_nll_loss"]
@@ -28,18 +27,9 @@ NONE, MEAN, SUM = 0, 1, 2
 _REDUCTION = ("none", "mean", "sum")
 
 
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """Return every argument by its schema name, defaults filled in."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    values = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    values.update(zip((a.name for a in arguments), node.args, strict=False))
-    values.update(node.kwargs)
-    return values
-
-
 def classification(facts: Facts, node: fx.Node) -> Sharding | None:
     """`F.cross_entropy` and `F.nll_loss`, class indices or probabilities, any number of position dimensions."""
-    given = _bound(node)
+    given = bound(node)
     scores, target = given["self"], given["target"]
     layout = facts.layout(scores)
     ndim = len(facts.shape(scores))
@@ -134,36 +124,19 @@ def _finish(total: Tensor, counted: Tensor, reduction: int, group: Group) -> Ten
 
 def elementwise(facts: Facts, node: fx.Node) -> Sharding | None:
     """`F.mse_loss` and its like: the mean of as many terms as there are elements."""
-    reduction = _bound(node)["reduction"]
+    reduction = bound(node)["reduction"]
     inputs = tensor_inputs(node)
     found = facts.reference(inputs)
     if found is None:
         return None
     if reduction == NONE:
         return pointwise(facts, node)
-    layout = _broadcast(facts, inputs, found)
-    if layout is None:
-        return None
-    needs, reference = layout
-
-    finished = finish_partial(needs, reference, "avg" if reduction == MEAN else "sum")
-    return finished and replace(finished, kind="loss", note=f"reduction={_REDUCTION[reduction]!r}")
-
-
-def _broadcast(facts: Facts, inputs: list[fx.Node], found: tuple[fx.Node, Layout]) -> tuple[dict[fx.Node, Layout], Layout] | None:
-    """Return what each input is needed as, dimensions counted from the last."""
     reference, layout = found
-    from_last = len(facts.shape(reference)) - layout.dim
-    needs: dict[fx.Node, Layout] = {}
-    for value in inputs:
-        dim = len(facts.shape(value)) - from_last
-        if dim < 0 or facts.shape(value)[dim] == 1:
-            continue
-        fitted = facts.fit(value, dim, layout)
-        if fitted is None:
-            return None
-        needs[value] = fitted
-    return needs, layout
+    needs = broadcast_needs(facts, inputs, layout, len(facts.shape(reference)) - layout.dim)
+    if needs is None:
+        return None
+    finished = finish_partial(needs, layout, "avg" if reduction == MEAN else "sum")
+    return finished and replace(finished, kind="loss", note=f"reduction={_REDUCTION[reduction]!r}")
 
 
 RULES: dict[Any, Rule] = {

@@ -13,7 +13,7 @@ from torch import fx
 
 from lightning_autosp import collectives
 from lightning_autosp.compiler.emit import Emitter
-from lightning_autosp.compiler.rule import Rule
+from lightning_autosp.compiler.rule import Rule, bound
 from lightning_autosp.compiler.rules.factories import factory
 from lightning_autosp.compiler.rules.generic import pointwise
 
@@ -39,10 +39,11 @@ _SOURCES = (_FACTORIES | _ELEMENTWISE | {aten.randperm.default, aten.multinomial
 def is_random(node: fx.Node) -> bool:
     """Whether the value differs from call to call (`dropout` in evaluation does not)."""
     target = node.target
-    if target in (aten.dropout.default, aten.native_dropout.default):
-        return bool(node.args[2] and node.args[1] != 0)
+    if target is aten.dropout.default:
+        given = bound(node)
+        return bool(given["train"] and given["p"] != 0)
     if target is aten.scaled_dot_product_attention.default:
-        return bool((node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) != 0)
+        return bool(bound(node)["dropout_p"] != 0)
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 

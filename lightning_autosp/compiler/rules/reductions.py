@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from lightning_autosp import collectives
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.emit import Emitter
-from lightning_autosp.compiler.rule import Facts, Rule, Sharding
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
 from lightning_autosp.compiler.rules.generic import ask_pytorch
 from lightning_autosp.compiler.rules.partial import finish_partial
 
@@ -19,22 +19,10 @@ __all__ = ["RULES"]
 aten = torch.ops.aten
 
 
-def _reduced_dims(node: fx.Node, ndim: int) -> tuple[int, ...]:
-    """Return the dimensions an operator reduces, from its schema."""
-    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name == "dim":
-            value: Any = node.args[index] if len(node.args) > index else node.kwargs.get("dim", argument.default_value)
-            dims = [value] if isinstance(value, int) else list(value or ())
-            if dims:
-                return tuple(sorted(dim % ndim for dim in dims))
-    return tuple(range(ndim))
-
-
-def _keepdim(node: fx.Node) -> bool:
-    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name == "keepdim":
-            return bool(node.args[index] if len(node.args) > index else node.kwargs.get("keepdim", False))
-    return False
+def _reduced_dims(dim: Any, ndim: int) -> tuple[int, ...]:
+    """Return the dimensions an argument `dim` names; none means all."""
+    dims = [dim] if isinstance(dim, int) else list(dim or ())
+    return tuple(sorted(d % ndim for d in dims)) or tuple(range(ndim))
 
 
 def _rule(join: Any) -> Rule:
@@ -46,10 +34,11 @@ def _rule(join: Any) -> Rule:
         layout = facts.layout(source)
         if layout is None:
             return None
-        dims = _reduced_dims(node, len(facts.shape(source)))
+        given = bound(node)
+        dims = _reduced_dims(given.get("dim"), len(facts.shape(source)))
         if layout.dim not in dims:
             return ask_pytorch(facts, node)
-        return join(source, layout, dims, _keepdim(node))
+        return join(source, layout, dims, bool(given.get("keepdim", False)))
 
     return rule
 

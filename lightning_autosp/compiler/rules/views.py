@@ -11,7 +11,7 @@ from torch import fx
 
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import Facts, Rule, Sharding
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
 
 __all__ = ["RULES"]
 
@@ -74,26 +74,17 @@ def expand(facts: Facts, node: fx.Node) -> Sharding | None:
 
 def pieces(facts: Facts, node: fx.Node) -> Sharding | None:
     """`chunk`, `split`, `unbind` along another dimension: the same call on the part."""
-    source, dim = node.args[0], _dim_argument(node)
+    source = node.args[0]
     assert isinstance(source, fx.Node)
     layout = facts.layout(source)
     if layout is None:
         return None
-    dim %= len(facts.shape(source))
+    dim = bound(node)["dim"] % len(facts.shape(source))
     if dim == layout.dim:
         return None
     removed = node.target is aten.unbind.int and dim < layout.dim
     out = layout.at(layout.dim - removed)
     return Sharding({source: layout}, (out,) * len(node.meta["val"]))
-
-
-def _dim_argument(node: fx.Node) -> int:
-    schema = node.target._schema  # type: ignore[union-attr]
-    for index, argument in enumerate(schema.arguments):
-        if argument.name == "dim":
-            value: Any = node.args[index] if len(node.args) > index else node.kwargs.get("dim", argument.default_value)
-            return int(value)
-    raise AssertionError(f"{node.target} has no argument 'dim'")
 
 
 RULES: dict[Any, Rule] = {

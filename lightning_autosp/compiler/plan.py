@@ -1,0 +1,37 @@
+"""What was decided about a captured step, for the emitter to carry out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from lightning_autosp.compiler.capture import Captured
+from lightning_autosp.compiler.layout import Layout
+from lightning_autosp.compiler.rule import Facts, Sharding
+
+__all__ = ["Form", "Plan"]
+
+Form = Layout | None
+"""`None`: whole, every rank holds all of a value. A `Layout`: part, this rank's positions."""
+
+
+@dataclass
+class Plan:
+    """What to emit for every node of a captured step."""
+
+    facts: Facts
+    shardings: dict[fx.Node, Sharding]
+    """Nodes that are computed from parts."""
+    demands: dict[fx.Node, dict[Form, list[fx.Node]]]
+    """Forms of each node that are asked for, with who asks; nodes that are absent are dead."""
+    rank_streams: bool
+    """Whether each rank draws random numbers of its own while the graph runs."""
+    broadcast: dict[fx.Node, Callable[[Any, fx.Node], fx.Node]]
+    """Random nodes whose whole value the first rank draws for all, with what emits them."""
+
+    @property
+    def captured(self) -> Captured:
+        return self.facts.captured
