@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_autosp import _compat
 from lightning_autosp.compiler.report import GraphBreak, StrictModeError
@@ -69,7 +69,7 @@ class CompiledStep:
         while True:
             values = self.parameters.standing_in() if self._mode == "whole" else self.parameters.whole()
             try:
-                with values, self._deferred.recording():
+                with values, self._deferred.recording(one_graph=self._mode == "whole"):
                     result = self._run(*args, **kwargs)
                 break
             except StrictModeError:
@@ -78,9 +78,6 @@ class CompiledStep:
                 self._change("eager", "the step keeps changing (a Python number that differs every time?)", error)
             except TorchDynamoException as error:
                 cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
-                if self._mode == "pieces" and isinstance(cause, NeedsBreakError):
-                    self._change("eager", _headline(cause), error)
-                    continue
                 if self._mode != "whole" or not isinstance(cause, (NeedsBreakError, TorchDynamoException)):
                     raise
                 self._change("pieces", _headline(cause), error)
@@ -105,7 +102,10 @@ class CompiledStep:
             self.compiler.report.notes.append(f"{self.kind} runs uncompiled and unsharded: right, but slow and large")
             self._run = self._user_step()
         else:
-            self._run = torch.compile(self._user_step(), backend=replace(self.compiler, parameters=None))
+            pieces = torch.compile(self._user_step(), backend=replace(self.compiler, parameters=None))
+            # A piece that cannot be traced runs as it is: right, because everything around it is whole. Starting the step again
+            # instead would repeat what earlier pieces did.
+            self._run = torch._dynamo.config.patch(suppress_errors=True)(pieces)
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -130,7 +130,7 @@ class _Deferred:
 
     def __init__(self, module: LightningModule) -> None:
         self._module = module
-        self._metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
+        self._metrics = [metric for metric in module.modules() if isinstance(metric, (Metric, MetricCollection))]
         self._queue: list[tuple[Any, ...]] = []
         queue = self._queue  # Dynamo replays appends to a list it reached through a closure
 
@@ -138,10 +138,25 @@ class _Deferred:
             queue.append(("log", name, value, args, kwargs))
 
         def log_dict(dictionary: Any, *args: Any, **kwargs: Any) -> None:
-            queue.append(("log_dict", dict(dictionary), args, kwargs))
+            queue.append(("log_dict", dict(dictionary) if isinstance(dictionary, dict) else dictionary, args, kwargs))
 
-        self._replacements: list[tuple[Any, str, Any]] = [(module, "log", log), (module, "log_dict", log_dict)]
-        self._replacements += [(metric, "update", self._updater(index)) for index, metric in enumerate(self._metrics)]
+        def needs_values(*args: Any, **kwargs: Any) -> None:
+            torch._dynamo.graph_break(
+                msg="a metric's value is wanted inside the step; metric.update() and self.log(metric) need no cut"
+            )
+
+        def uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compiler.disable(method)
+
+        self._logging: list[tuple[Any, str, Any]] = [(module, "log", log), (module, "log_dict", log_dict)]
+        self._queued: list[tuple[Any, str, Any]] = []
+        self._direct: list[tuple[Any, str, Any]] = []
+        for index, metric in enumerate(self._metrics):
+            self._queued.append((metric, "update", self._updater(index)))
+            # These return what the queued updates would have changed: the step has to be cut there.
+            self._queued += [(metric, name, needs_values) for name in ("forward", "compute", "reset")]
+            for name in ("update", "forward", "compute", "reset"):
+                self._direct.append((metric, name, uncompiled(getattr(metric, name))))
 
     def _updater(self, index: int) -> Callable[..., None]:
         queue = self._queue
@@ -152,12 +167,17 @@ class _Deferred:
         return update
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Put the recorders in the place of the methods; nothing of them stays."""
+    def recording(self, *, one_graph: bool) -> Iterator[None]:
+        """Put recorders in the place of the methods; nothing of them stays.
+
+        Args:
+            one_graph: Whether the step is one graph. Otherwise metrics run between its pieces, uncompiled and in time.
+        """
         self._queue.clear()
+        replacements = self._logging + (self._queued if one_graph else self._direct)
         missing = object()
-        before = [(owner, name, owner.__dict__.get(name, missing)) for owner, name, _ in self._replacements]
-        for owner, name, recorder in self._replacements:
+        before = [(owner, name, owner.__dict__.get(name, missing)) for owner, name, _ in replacements]
+        for owner, name, recorder in replacements:
             owner.__dict__[name] = recorder
         try:
             yield
@@ -170,8 +190,8 @@ class _Deferred:
 
     def replay(self) -> None:
         """Make the recorded calls, in order."""
-        queue, calls = self._queue, list(self._queue)
-        queue.clear()
+        calls = list(self._queue)
+        self._queue.clear()
         for what, *rest in calls:
             if what == "log":
                 name, value, args, kwargs = rest

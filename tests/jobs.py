@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import modules
@@ -75,6 +77,7 @@ def fit(
     trainer.fit(module, train, modules.loader(5, length, 1) if validate else None, ckpt_path=resume)
     if checkpoint is not None:
         trainer.save_checkpoint(checkpoint)
+    pickle.loads(pickle.dumps(copy.deepcopy(module)))
     report = trainer.strategy.report if isinstance(trainer.strategy, AutoSPStrategy) else None
     return {
         "curve": recorder.curve,

@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 VOCABULARY, WIDTH, HEADS = 31, 32, 4
 
@@ -137,6 +138,28 @@ class Regression(GPT):
         loss = F.mse_loss(self.value(x).squeeze(-1), batch["targets"])
         self.log("loss", loss)
         return loss
+
+
+class MetricsInEveryWay(GPT):
+    """`update`, a collection, and in training `forward`, whose value is logged."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__(lr)
+        self.train_accuracy = MulticlassAccuracy(VOCABULARY, average="micro", ignore_index=-100)
+        self.several = MetricCollection(
+            [MulticlassAccuracy(VOCABULARY, average="macro", ignore_index=-100), MulticlassF1Score(VOCABULARY, ignore_index=-100)]
+        )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss, logits = self.loss(batch)
+        self.log("loss", loss)
+        self.log("train_accuracy", self.train_accuracy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        loss, logits = self.loss(batch)
+        self.several.update(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        self.log_dict(self.several)
 
 
 class HFLlama(Base):

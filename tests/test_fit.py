@@ -134,6 +134,14 @@ def test_validation_with_a_torchmetric(pool: Pool) -> None:
     assert run["report"]["graph_breaks"] == []
 
 
+def test_metrics_in_every_way(pool: Pool) -> None:
+    """A metric whose value the step wants cuts the step; one that is only updated does not."""
+    run = fit(pool, "MetricsInEveryWay", FULL, 2, validate=True)
+    assert_same(run, reference(pool, "MetricsInEveryWay", validate=True))
+    assert {"train_accuracy", "MulticlassAccuracy", "MulticlassF1Score"} <= run["logged"].keys()
+    assert [one["reason"].split(":")[0] for one in run["report"]["graph_breaks"]] == ["training_step"]
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_validate_test_predict(pool: Pool, world_size: int) -> None:
     one = pool.run(jobs.evaluate, 1, "GPT", None, 1)[0]

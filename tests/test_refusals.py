@@ -145,6 +145,29 @@ def test_different_batches_in_a_group(pool: Pool) -> None:
     assert "data_parallel_rank" in message
 
 
+class Verifying(Sum):
+    """Looks at its second batch, which the strategy does not by itself."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.table(batch).mean()
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 1:
+            changed = batch + 1 if self.global_rank else batch
+            self.trainer.strategy.verify_batch(changed)
+
+
+def test_batches_compared_on_demand(pool: Pool) -> None:
+    options = {"batch_size": 1}
+    message = refused(pool, _verify, options)
+    assert "loaded different batches" in message
+
+
+def _verify(options: dict[str, Any]) -> None:
+    trainer = Trainer(**jobs.QUIET, max_epochs=1, devices=2, strategy=AutoSPStrategy())
+    trainer.fit(Verifying(), torch.utils.data.DataLoader(Batches(torch.ones(6, dtype=torch.long)), **options))
+
+
 def test_different_shapes_in_a_group(pool: Pool) -> None:
     message = refused(pool, fit_batches, Sum, torch.ones(6, dtype=torch.long), torch.ones(7, dtype=torch.long))
     assert "loaded different batches" in message

@@ -14,6 +14,7 @@ from torch import fx
 
 if TYPE_CHECKING:
     from lightning_autosp.compiler.emit import Emitter, Program
+    from lightning_autosp.compiler.rule import Sharding
 
 __all__ = ["MASK_LIMIT_BYTES", "GraphBreak", "Report", "StepReport", "StrictModeError", "user_line"]
 
@@ -57,6 +58,8 @@ class Whole:
 class Attention:
     where: str
     method: str
+    mask: str
+    """What the mask was proven to be and what became of it; empty if the call has none."""
     mask_bytes: int
     """Size of a mask that is kept whole; 0 if there is none."""
     mask_proven: bool
@@ -117,7 +120,7 @@ class StepReport:
             touched = facts.has_sequence(node) or any(facts.has_sequence(source) for source in node.all_input_nodes)
             if sharding is not None:
                 if sharding.kind == "attention":
-                    entry.attention.append(_attention(node, sharding.note, emitter))
+                    entry.attention.append(_attention(node, sharding, emitter))
                 elif sharding.kind == "local":
                     entry.num_local += 1
                 else:
@@ -163,7 +166,7 @@ class StepReport:
             if call.mask_bytes > MASK_LIMIT_BYTES and not call.mask_proven:
                 raise StrictModeError(
                     f"strict=True: the attention mask at {call.where} is {call.mask_bytes / MiB:.0f} MiB on every rank and is "
-                    f"{call.method}. Build it from positions (torch.arange), pass is_causal=True, or use strict=False."
+                    f"{call.mask}. Build it from positions (torch.arange), pass is_causal=True, or use strict=False."
                 )
 
 
@@ -173,11 +176,11 @@ def _why_unsharded(lengths: list[int], num_ranks: int) -> str:
     return f"length {max(lengths)} leaves some of {num_ranks} ranks without a position"
 
 
-def _attention(node: fx.Node, note: str, emitter: Emitter) -> Attention:
+def _attention(node: fx.Node, sharding: Sharding, emitter: Emitter) -> Attention:
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    kept = isinstance(mask, fx.Node) and "kept" in note
+    kept = isinstance(mask, fx.Node) and mask not in sharding.unused
     size = _bytes(mask, emitter) if kept else 0  # type: ignore[arg-type]
-    return Attention(user_line(node), note, size, mask_proven="not proven" not in note)
+    return Attention(user_line(node), sharding.note, sharding.mask, size, mask_proven="not proven" not in sharding.mask)
 
 
 def _bytes(node: fx.Node, emitter: Emitter) -> int:
@@ -242,7 +245,7 @@ class Report:
                     f"lowered in {step.compile_s:.2f} s",
                 )
             )
-            for count, call in _grouped(f"{a.method} at {a.where}" for a in step.attention):
+            for count, call in _grouped(_describe(call) for call in step.attention):
                 rows.append(("  attention", f"{count} x {call}"))
             for name, (count, size) in step.collectives.items():
                 rows.append(("  collective", f"{count} x {name}, {size / MiB:.2f} MiB a rank"))
@@ -270,6 +273,11 @@ class Report:
         for heading, text in self.rows():
             table.add_row(heading, text)
         Console().print(table)
+
+
+def _describe(call: Attention) -> str:
+    kept = f" ({call.mask_bytes / MiB:.2f} MiB)" if call.mask_bytes else ""
+    return f"{call.method} at {call.where}" + (f", mask: {call.mask}{kept}" if call.mask else "")
 
 
 def _grouped(texts: Iterable[str]) -> list[tuple[int, str]]:

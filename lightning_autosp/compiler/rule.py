@@ -30,6 +30,7 @@ class Sharding:
         emit: `emit(emitter, node)` adds the nodes that compute it (`emit.Emitter`); `None` calls the operator itself on the parts.
         kind: What the report counts it as.
         note: What the report says of it.
+        mask: For attention, what its mask was proven to be and what became of it.
         unused: Inputs the emitted form does without.
     """
 
@@ -38,6 +39,7 @@ class Sharding:
     emit: Callable[[Any, fx.Node], Any] | None = None
     kind: Kind = "local"
     note: str = ""
+    mask: str = ""
     unused: tuple[fx.Node, ...] = ()
 
 

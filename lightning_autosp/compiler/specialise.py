@@ -23,6 +23,7 @@ from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import ShardTooShortError
 from lightning_autosp.compiler.plan import Plan
 from lightning_autosp.compiler.report import Report, StepReport
+from lightning_autosp.compiler.scalars import NeedsBreakError
 
 __all__ = ["MAX_PROGRAMS", "Compiler", "LoweredStep", "Parameters"]
 
@@ -69,7 +70,14 @@ class Compiler:
     steps: list[LoweredStep] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = capture(gm, self.parameters.names() if self.parameters else {})
+        try:
+            captured = capture(gm, self.parameters.names() if self.parameters else {})
+        except NeedsBreakError as error:
+            if self.parameters is not None:
+                raise
+            # One piece of a step that is cut already: parameters are whole, so the piece can run as it is.
+            self.report.notes.append(f"{self.kind}: a piece runs in full, because {error}")
+            return gm.forward
         step = LoweredStep(captured, self)
         self.steps.append(step)
         self.report.num_graphs[self.kind] = self.report.num_graphs.get(self.kind, 0) + 1

@@ -36,16 +36,15 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
     needs = {query: layout, key: key_layout, value: value_layout}
     if len(needs) < 3 and key_layout != layout:
         return None  # one tensor in two roles with two layouts
-    is_causal, note = given["is_causal"], "ulysses"
+    is_causal, said = given["is_causal"], ""
     if mask is not None:
         proof = prove_mask(mask, facts.captured)
         square = facts.shape(query)[-2] == facts.shape(key)[-2]
-        note += f", mask: {proof.text}"
         if proof.kind == "full" or (proof.kind == "causal" and square):
             is_causal, mask = proof.kind == "causal", None
-            note += ", dropped for the kernel's own flag" if is_causal else ", dropped"
+            said = proof.text + (", dropped for the kernel's own flag" if is_causal else ", dropped")
         else:
-            note += ", kept whole"
+            said = f"{proof.text}, kept whole"
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
         parts = [em.get(x, needs[x]) for x in (query, key, value)]
@@ -56,7 +55,7 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
 
     # A mask that was dropped is no longer an input, so nothing computes it unless something else asks.
     dropped = () if mask is not None or given["attn_mask"] is None else (given["attn_mask"],)
-    return Sharding(needs, layout, emit, kind="attention", note=note, unused=dropped)
+    return Sharding(needs, layout, emit, kind="attention", note="ulysses", mask=said, unused=dropped)
 
 
 def _over_fixed_keys(facts: Facts, node: fx.Node, given: dict[str, Any], layout: Layout) -> Sharding | None:
