@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -91,6 +91,7 @@ class LoweredStep:
         self.captured, self.compiler = captured, compiler
         self._plans: dict[frozenset[sympy.Symbol], Plan] = {}
         self._programs: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
+        self._where = _find_symbols(captured)
 
     def __call__(self, *inputs: Any) -> Any:
         sizes = self.sizes(inputs)
@@ -105,20 +106,10 @@ class LoweredStep:
 
     def sizes(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """Read the value of every symbol off the inputs."""
-        sizes: dict[sympy.Symbol, int] = {}
-        for node, value in zip(self.captured.placeholders, inputs, strict=True):
-            known = node.meta["val"]
-            pairs: Iterable[tuple[Any, int]] = ()
-            if isinstance(value, Tensor):
-                pairs = zip(self.captured.shape(known), value.shape, strict=True)
-            elif isinstance(known, torch.SymInt):
-                pairs = [(self.captured.expr(known), value)]
-            for expr, size in pairs:
-                for symbol in expr.free_symbols - sizes.keys():
-                    solved = sympy.solve(expr - int(size), symbol)
-                    if len(expr.free_symbols) == 1 and len(solved) == 1:
-                        sizes[symbol] = int(solved[0])
-        return sizes
+        return {
+            symbol: ((inputs[index] if dim is None else inputs[index].shape[dim]) - constant) // factor
+            for symbol, (index, dim, factor, constant) in self._where.items()
+        }
 
     def plan(self, symbols: frozenset[sympy.Symbol]) -> Plan:
         if symbols not in self._plans:
@@ -164,6 +155,25 @@ class LoweredStep:
             name = self.captured.parameters.get(self.captured.placeholders[index])
             tensors.append(inputs[index] if name is None or parameters is None else parameters.held(name))
         return tensors
+
+
+def _find_symbols(captured: Captured) -> dict[sympy.Symbol, tuple[int, int | None, int, int]]:
+    """Return for every symbol `(input, dim, factor, constant)`: a size of an input, or the input itself, that is affine in it."""
+    where: dict[sympy.Symbol, tuple[int, int | None, int, int]] = {}
+    for index, node in enumerate(captured.placeholders):
+        value = node.meta["val"]
+        sizes: dict[int | None, sympy.Expr] = {}
+        if isinstance(value, Tensor):
+            sizes.update(enumerate(captured.shape(value)))
+        elif isinstance(value, torch.SymInt):
+            sizes[None] = captured.expr(value)
+        for dim, expr in sizes.items():
+            for symbol in expr.free_symbols - where.keys():
+                factor = expr.coeff(symbol)
+                constant = sympy.expand(expr - factor * symbol)
+                if factor.is_Integer and constant.is_Integer:
+                    where[symbol] = (index, dim, int(factor), int(constant))
+    return where
 
 
 def _sequence_marks(emitter: Emitter) -> list[tuple[int, int]]:
