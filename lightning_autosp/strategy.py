@@ -52,7 +52,7 @@ from lightning_autosp.compiler.backend import resolve_backend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum
-from lightning_autosp.mesh import ParallelMesh, resolve_sizes
+from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh, resolve_sizes
 from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
 from lightning_autosp.step import CompiledStep, batch_tensors
 
@@ -289,7 +289,7 @@ class AutoSPStrategy(ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
         self._compiler = Compiler(
-            mesh=meshes.mesh["sequence_parallel"],
+            mesh=meshes.mesh[SEQUENCE_AXIS],
             group=meshes.sequence(),
             backend=resolve_backend(self._compile_backend, self.root_device),
             report=self.report,

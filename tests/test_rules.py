@@ -86,6 +86,9 @@ SHARDED: dict[str, Callable[..., Any]] = {
     "no_grad_inside": lambda n, x, i: (x * _mean_without_grad(n, x)).square().sum(),
     "inplace": lambda n, x, i: _inplace(x).square().sum(),
     "one_hot": lambda n, x, i: (F.one_hot(i, V).to(x.dtype) * n.head(x)).sum(),
+    "convolution_of_samples": lambda n, x, i: (
+        F.conv1d(x.reshape(-1, 2, 4), n.positions[:6].reshape(3, 2, 8)[..., :3]).square().sum()
+    ),
     "label_shift": lambda n, x, i: F.cross_entropy(n.head(x)[:, :-1].reshape(-1, V), i[:, 1:].reshape(-1)),
     "label_pad": lambda n, x, i: F.cross_entropy(n.head(x).view(-1, V), F.pad(i, (0, 1), value=-100)[:, 1:].reshape(-1)),
     "channels_second": lambda n, x, i: F.cross_entropy(n.head(x).transpose(1, 2), i, ignore_index=3),
@@ -139,6 +142,7 @@ WHOLE: dict[str, Callable[..., Any]] = {
     "outer": lambda n, x, i: torch.einsum("bsd,btd->bst", x, x).square().mean(),
     "batch_norm": lambda n, x, i: F.batch_norm(x.transpose(1, 2), None, None, training=True).pow(3).sum(),
     "std": lambda n, x, i: x.std(1).sum(),
+    "convolution": lambda n, x, i: F.conv1d(x.transpose(1, 2), n.positions[:24].reshape(8, 8, 3), padding=1).square().mean(),
     "split_sequence": lambda n, x, i: x.chunk(2, 1)[0].square().sum(),
     "weights_by_position": lambda n, x, i: (n.positions[i.cumsum(1) % 60] * x).sum(),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import Partial, Shard
 from torch.utils import _pytree as pytree
 
 from lightning_autosp.compiler.capture import is_size
@@ -100,8 +100,6 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
             if facts.captured.shape(value)[placement.dim] != layout.size:
                 return None
             outputs.append(layout.at(placement.dim))
-        elif isinstance(placement, Replicate):
-            outputs.append(None)
         elif type(placement) is Partial and len(values) == 1:
             op = placement.reduce_op
             if op == "avg" and node.target not in TRUE_MEANS:
@@ -109,6 +107,7 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
             return finish_partial(needs, layout, op)
         else:
             return None
+    # A whole output of sharded inputs would have taken communication: nothing else is believed.
     single = isinstance(node.meta["val"], torch.Tensor)
     return Sharding(needs, outputs[0] if single else tuple(outputs))
 
