@@ -1,19 +1,27 @@
-"""Shared set-up: fixed seeds, and a clean Dynamo for every test."""
+"""Shared set-up: fixed seeds, and a clean Dynamo, environment and process group for every test."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from pool import Pool
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _clean() -> Iterator[None]:
     torch.manual_seed(0)
+    environment = dict(os.environ)
     yield
     torch._dynamo.reset()
+    # A Trainer run in this process leaves ranks in the environment, which a script started later would take for its own.
+    os.environ.clear()
+    os.environ.update(environment)
+    if dist.is_initialized() and dist.get_backend() != "fake":
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -219,11 +219,6 @@ class Report:
     def add(self, step: StepReport) -> None:
         self.steps.append(step)
 
-    @property
-    def fallbacks(self) -> list[Whole]:
-        """Everything that ran in full, of all steps."""
-        return [whole for step in self.steps for whole in step.in_full]
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers."""
         return {

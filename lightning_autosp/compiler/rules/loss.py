@@ -23,7 +23,7 @@ from lightning_autosp.compiler.rules.partial import finish_partial
 __all__ = ["RULES", "sharded_cross_entropy", "sharded_nll_loss"]
 
 aten = torch.ops.aten
-NONE, MEAN, SUM = 0, 1, 2
+NONE, MEAN = 0, 1
 _REDUCTION = ("none", "mean", "sum")
 
 
