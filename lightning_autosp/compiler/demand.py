@@ -58,8 +58,9 @@ def make_plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceM
     if plan.rank_streams and not all(can_broadcast(node) for node in whole):
         # A random operator that has to be whole and cannot be broadcast needs one stream for all ranks, and so do then the others.
         plan = _plan(captured, symbols, mesh, shard_random=False)
-        whole = set()
-    plan.broadcast = dict.fromkeys(whole, emit_whole) if plan.rank_streams else {}
+        whole = {node for node in plan.demands if is_random(node)}
+    if plan.facts.symbols:
+        plan.broadcast = dict.fromkeys((node for node in whole if can_broadcast(node)), emit_whole)
     return plan
 
 
