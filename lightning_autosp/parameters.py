@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -77,15 +78,26 @@ class ModuleParameters:
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """Put whole values into the module that any code can compute with; their gradients reach the owned parameters."""
-        entered = {}
-        for name in self.originals:
-            function, args = self.enter(name)
-            entered[name] = function(self.held(name), *args)
-        self._put(entered)
+        self._put({name: self._enter_whole(name) for name in self.originals})
         try:
             yield
         finally:
             self._put(self.owned)
+
+    def without_stand_ins(self, tree: Any) -> Any:
+        """Replace the parameters that stood in by whole values, in what a traced step returned or logged as it is."""
+        if not self.sharded:
+            return tree
+
+        def one(parameter: nn.Parameter) -> Tensor:
+            name = self._names.get(id(parameter))
+            return parameter if name is None else self._enter_whole(name)
+
+        return apply_to_collection(tree, nn.Parameter, one, allow_frozen=True)
+
+    def _enter_whole(self, name: str) -> Tensor:
+        function, args = self.enter(name)
+        return function(self.held(name), *args)
 
     def restore(self, *, values: bool) -> None:
         """Put the user's own parameters back for good.

@@ -32,7 +32,7 @@ def batch_tensors(batch: Any) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    apply_to_collection(batch, Tensor, keep)
+    apply_to_collection(batch, Tensor, keep, allow_frozen=True)
     return found
 
 
@@ -81,8 +81,8 @@ class CompiledStep:
                 if self._mode != "whole" or not isinstance(cause, (NeedsBreakError, TorchDynamoException)):
                     raise
                 self._change("pieces", _headline(cause), error)
-        self._deferred.replay()
-        return result
+        self._deferred.replay(self.parameters.without_stand_ins)
+        return self.parameters.without_stand_ins(result)
 
     def _user_step(self) -> Callable[..., Any]:
         module, kind = self.module, self.kind
@@ -188,9 +188,9 @@ class _Deferred:
                 else:
                     owner.__dict__[name] = value
 
-    def replay(self) -> None:
-        """Make the recorded calls, in order."""
-        calls = list(self._queue)
+    def replay(self, finish: Callable[[Any], Any]) -> None:
+        """Make the recorded calls, in order, `finish` applied to their arguments."""
+        calls = [finish(call) for call in self._queue]
         self._queue.clear()
         for what, *rest in calls:
             if what == "log":

@@ -83,6 +83,7 @@ SHARDED: dict[str, Callable[..., Any]] = {
     "cat_features": lambda n, x, i: torch.cat([x, x.sin()], -1).square().sum(),
     "layer_norm": lambda n, x, i: F.layer_norm(x, (D,)).pow(3).sum(),
     "softmax_features": lambda n, x, i: (x.softmax(-1) * x).sum(),
+    "parameter_returned": lambda n, x, i: (x.sum(), n.token * 1, n.positions.square()),
     "no_grad_inside": lambda n, x, i: (x * _mean_without_grad(n, x)).square().sum(),
     "inplace": lambda n, x, i: _inplace(x).square().sum(),
     "one_hot": lambda n, x, i: (F.one_hot(i, V).to(x.dtype) * n.head(x)).sum(),

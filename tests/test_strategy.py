@@ -101,12 +101,14 @@ class Everything(modules.GPT):
         super().__init__(lr)
         self.rate = rate
         self.positions.weight.requires_grad_(False)
+        self.temperature = nn.Parameter(torch.tensor(1.5))
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.anneal = 1 / (1 + 0.1 * batch_idx)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        logits = self(batch["ids"])
+        logits = self(batch["ids"]) * self.temperature
+        self.log("temperature", self.temperature)
         loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
         self.log("item", loss.item())
         self.log("tokens", batch["ids"].shape[1], batch_size=batch["ids"].shape[0])
@@ -115,7 +117,7 @@ class Everything(modules.GPT):
         loss = loss * self.anneal + 0.01 * (1 - self.anneal)
         loss = F.dropout(loss.expand(3), self.rate).mean() + 0 * F.dropout(logits, self.rate).mean()
         self.log("loss", loss)
-        return {"loss": loss, "last": logits[:, -1].detach()}
+        return {"loss": loss, "last": logits[:, -1].detach(), "parameter": self.temperature}
 
 
 modules.Everything = Everything  # type: ignore[attr-defined]

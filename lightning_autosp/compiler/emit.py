@@ -135,10 +135,10 @@ class Emitter:
         inputs = self._emit_placeholders()
         entries = self._parameter_entries()
         for node in captured.graph.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
             for parameter in entries.get(node, ()):
                 self._emit_parameter(parameter)
+            if node.op in ("placeholder", "output"):
+                continue
             if node.op == "get_attr":
                 setattr(module, node.target, getattr(captured.owner, node.target))
             if node in self.plan.demands:
