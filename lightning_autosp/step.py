@@ -59,7 +59,7 @@ class CompiledStep:
         self, module: LightningModule, kind: str, compiler: Compiler, parameters: ModuleParameters, sequence_dim: int
     ) -> None:
         self.module, self.kind, self.parameters, self.sequence_dim = module, kind, parameters, sequence_dim
-        self.compiler = replace(compiler, kind=kind, parameters=parameters, steps=[])
+        self.compiler = replace(compiler, kind=kind, parameters=parameters)
         self._deferred = _Deferred(module)
         self._mode = "whole"
         self._run = torch.compile(self._user_step(), backend=self.compiler, fullgraph=True)

@@ -56,6 +56,7 @@ SHARDED: dict[str, Callable[..., Any]] = {
     "mask_multiply": lambda n, x, i: (x * (i != 3).unsqueeze(-1)).square().sum(),
     "where_positions": lambda n, x, i: torch.where(torch.arange(x.shape[1])[None, :, None] % 2 == 0, x, x * 3).square().sum(),
     "zeros": lambda n, x, i: (torch.zeros(B, x.shape[1], D, dtype=x.dtype) + x).square().sum(),
+    "new_zeros": lambda n, x, i: (x.new_zeros(B, x.shape[1], D) + x * x.new_ones(3).sum()).square().sum(),
     "full_like": lambda n, x, i: (torch.full_like(x, 2.0) * x).square().sum(),
     "expand": lambda n, x, i: (n.token.expand(B, x.shape[1], D) * x).square().sum(),
     "expand_heads": lambda n, x, i: (x[:, :, None].expand(B, x.shape[1], 3, D).reshape(B, -1, 3 * D)).square().sum(),

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import sympy
@@ -67,7 +67,6 @@ class Compiler:
     parameters: Parameters | None = None
     rank_seed: int = 0
     strict: bool = False
-    steps: list[LoweredStep] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
@@ -78,10 +77,8 @@ class Compiler:
             # One piece of a step that is cut already: parameters are whole, so the piece can run as it is.
             self.report.notes.append(f"{self.kind}: a piece runs in full, because {error}")
             return gm.forward
-        step = LoweredStep(captured, self)
-        self.steps.append(step)
         self.report.num_graphs[self.kind] = self.report.num_graphs.get(self.kind, 0) + 1
-        return step
+        return LoweredStep(captured, self)
 
 
 class LoweredStep:

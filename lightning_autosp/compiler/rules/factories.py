@@ -17,27 +17,30 @@ aten = torch.ops.aten
 
 def factory(facts: Facts, node: fx.Node) -> Sharding | None:
     """The same fill for the local shape. The shape is the argument named `size`."""
+    # `x.new_zeros(...)` reads only dtype and device of `x`: its part will do.
+    needs = {template: layout for template in tensor_inputs(node) if (layout := facts.layout(template)) is not None}
     out = facts.shape_layout(facts.shape(node))
-    if out is None or any(facts.has_sequence(n) for n in tensor_inputs(node) if node.target not in _TEMPLATE_ONLY):
-        return None
+    if out is None:
+        return Sharding(needs, None) if needs else None
     index = [argument.name for argument in node.target._schema.arguments].index("size")  # type: ignore[union-attr]
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
-        args = list(em.arguments(n, {})[0])
-        args[index] = em.local_shape(n, out)
-        return em.call(n.target, tuple(args), em.arguments(n, {})[1])
+        args, kwargs = em.arguments(n, needs)
+        return em.call(n.target, (*args[:index], em.local_shape(n, out), *args[index + 1 :]), kwargs)
 
-    return Sharding({}, out, emit)
+    return Sharding(needs, out, emit)
 
-
-_TEMPLATE_ONLY = {
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-    aten.new_empty.default,
-}
-"""Operators that read only dtype and device of their tensor argument."""
 
 RULES: dict[Any, Rule] = dict.fromkeys(
-    [aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, *_TEMPLATE_ONLY], factory
+    [
+        aten.zeros.default,
+        aten.ones.default,
+        aten.full.default,
+        aten.empty.memory_format,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_full.default,
+        aten.new_empty.default,
+    ],
+    factory,
 )
