@@ -13,6 +13,7 @@ from torch._functorch._aot_autograd.functional_utils import from_fun as _from_fu
 # Functionalisation that keeps composite operators (attention, losses, dropout) whole: what torch.export traces with.
 from torch._functorch._aot_autograd.functional_utils import has_data_mutation, to_fun
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 
 # Tie a fake tensor that no traced operator produced to a node of the graph being traced (opaque higher-order operators).
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
@@ -26,6 +27,7 @@ __all__ = [
     "has_data_mutation",
     "make_fx",
     "mark_dynamic",
+    "mesh_without_group",
     "node_of",
     "shape_replacements",
     "to_fun",
@@ -74,3 +76,8 @@ def shape_replacements(fake_mode: Any) -> dict[Any, Any]:
     """Return the symbol equalities that tracing established (the labels' length is the ids' length)."""
     env = fake_mode.shape_env
     return dict(env.replacements) if env is not None else {}
+
+
+def mesh_without_group(num_ranks: int) -> DeviceMesh:
+    """Return a mesh to ask PyTorch's sharding rules on, as its first rank. No process group is made, none is needed."""
+    return DeviceMesh("cpu", list(range(num_ranks)), _init_backend=False, _rank=0)

@@ -32,6 +32,7 @@ __all__ = [
     "average_gradient",
     "broadcast_first",
     "gather_parameter",
+    "reduce_scatter_sequence",
     "stack_across",
 ]
 
@@ -128,6 +129,25 @@ def all_gather_sequence(x: Tensor, dim: int, lengths: Sequence[int], group: Grou
     """
     rows = x.movedim(dim, 0)
     return _AllGatherRows.apply(rows, tuple(lengths), group).movedim(0, dim)
+
+
+class _ReduceScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
+        ctx.lengths, ctx.group = lengths, group
+        if len(set(lengths)) > 1:
+            x = torch.cat([_pad_rows(part, max(lengths)) for part in x.split(lengths)])
+        return _reduce_scatter(x, "sum", group)[: lengths[group.rank]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        gathered = _all_gather(_pad_rows(grad, max(ctx.lengths)), ctx.group)
+        return torch.cat(_split_rows(gathered, ctx.lengths)), None, None
+
+
+def reduce_scatter_sequence(x: Tensor, dim: int, lengths: Sequence[int], group: Group) -> Tensor:
+    """Sum every rank's whole tensor and keep this rank's part along `dim`: the transpose of `all_gather_sequence`."""
+    return _ReduceScatterRows.apply(x.movedim(dim, 0), tuple(lengths), group).movedim(0, dim)
 
 
 def stack_across(x: Tensor, group: Group) -> Tensor:

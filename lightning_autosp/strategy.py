@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_autosp import checkpoint as checkpoints
+from lightning_autosp.check import CheckResult, check
 from lightning_autosp.compiler.backend import resolve_backend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
@@ -63,6 +65,21 @@ AttentionMethod = Literal["auto", "ulysses"]
 Backend = Literal["auto", "inductor", "aot_eager"]
 StateDictType = Literal["full", "sharded"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _AlsoOnClass(Generic[P, R]):
+    """A method that can be called on the class too: `self` is then an instance with default options."""
+
+    def __init__(self, method: Callable[Concatenate[Any, P], R]) -> None:
+        self._method = method
+        self.__doc__ = method.__doc__
+
+    def __get__(self, instance: Any, owner: Callable[[], Any]) -> Callable[P, R]:
+        return types.MethodType(self._method, owner() if instance is None else instance)
 
 
 class AutoSPStrategy(ParallelStrategy):
@@ -143,6 +160,38 @@ class AutoSPStrategy(ParallelStrategy):
         # Names the package of its base class: pytorch_lightning's Trainer, whose classes are others, prints this when refusing it.
         data, sequence = self._asked_sizes
         return f"<lightning.pytorch strategy AutoSPStrategy(data_parallel_size={data!r}, sequence_parallel_size={sequence!r})>"
+
+    @_AlsoOnClass
+    def check(
+        self, module: nn.Module, batch: Any, *, num_ranks: int | None = None, step: str = "training_step", rtol: float | None = None
+    ) -> CheckResult:
+        """Compare a module's step on simulated ranks with one device, in this process, before there is a Trainer.
+
+        `AutoSPStrategy.check(module, batch)` does it with default options, `AutoSPStrategy(sequence_dim=0).check(module, batch)`
+        with the instance's `sequence_dim` and `strict`.
+
+        Args:
+            module: A LightningModule; it stays as it is.
+            batch: One batch of its data.
+            num_ranks: Ranks that share the sequence. Default: `sequence_parallel_size`; 2 where that is "auto".
+            step: The method to compare.
+            rtol: What relative norms may differ by; see `lightning_autosp.check`.
+
+        Raises:
+            CheckError: If there is nothing to compare with.
+            MisconfigurationException: If the module is compiled, wrapped or sharded already.
+        """
+        _refuse_module(module)
+        asked = self._asked_sizes[1]
+        return check(
+            module,
+            batch,
+            num_ranks=num_ranks or (asked if isinstance(asked, int) else 2),
+            step=step,
+            sequence_dim=self._sequence_dim,
+            rtol=rtol,
+            strict=self._strict,
+        )
 
     # Processes and ranks.
 

@@ -43,11 +43,16 @@ class Pool:
             self._workers[rank][1].send((function, rank, world_size, port, args, kwargs))
         outcomes = []
         for rank in range(world_size):
-            connection = self._workers[rank][1]
+            process, connection = self._workers[rank]
             if not connection.poll(TIMEOUT_S):
                 self.close()
                 raise TimeoutError(f"rank {rank} of {function.__name__} did not answer in {TIMEOUT_S} s")
-            outcomes.append(connection.recv())
+            try:
+                outcomes.append(connection.recv())
+            except EOFError as error:
+                process.join()
+                self.close()  # the next job gets new ranks
+                raise RuntimeError(f"rank {rank} of {function.__name__} died with exit code {process.exitcode}") from error
         if any(isinstance(outcome, JobError) for outcome in outcomes):
             self.close()  # a rank that raised may have left a collective half done
         return outcomes
@@ -74,11 +79,13 @@ def _free_port() -> int:
 
 
 def _serve(connection: Any) -> None:
+    import faulthandler
     import logging
     import warnings
 
     import torch
 
+    faulthandler.enable()  # a rank that crashes says where, on the stderr it shares with pytest
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

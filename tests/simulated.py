@@ -15,39 +15,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
-from lightning_autosp.collectives import Group, average_gradient, gather_parameter
+from lightning_autosp.check import Simulation
 from lightning_autosp.compiler.report import Report, StepReport
-from lightning_autosp.compiler.simulate import run_ranks
-from lightning_autosp.compiler.specialise import Compiler, LoweredStep
+from lightning_autosp.compiler.specialise import LoweredStep
 
 MAX_RANKS = 8
 
 
 @functools.cache
 def mesh_of(num_ranks: int) -> DeviceMesh:
+    """Return a mesh with process groups that do nothing; they stay for the session."""
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=MAX_RANKS)
     return DeviceMesh("cpu", list(range(num_ranks)))
-
-
-class RankParameters:
-    """Parameters of one simulated rank: replicated, or cut over dim 0."""
-
-    def __init__(self, module: nn.Module, group: Group, *, sharded: bool) -> None:
-        self.group, self.sharded = group, sharded
-        self.whole = dict(module.named_parameters())
-        self.leaves = {name: self._part(p).detach().clone().requires_grad_(p.requires_grad) for name, p in self.whole.items()}
-
-    def _part(self, p: Tensor) -> Tensor:
-        if not self.sharded or p.ndim == 0:
-            return p
-        chunk = -(-p.shape[0] // self.group.size)
-        return p[self.group.rank * chunk : (self.group.rank + 1) * chunk]
-
-    def enter(self, name: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-        if not self.sharded or self.whole[name].ndim == 0:
-            return average_gradient, (self.group,)
-        return gather_parameter, (self.whole[name].shape[0], self.group)
 
 
 @dataclass
@@ -72,55 +52,18 @@ def lower(
 ) -> Lowered:
     """Run `function(*inputs)` lowered on every simulated rank; the first output is differentiated."""
     torch._dynamo.reset()
-    calls: list[tuple[LoweredStep, tuple[Any, ...]]] = []
-    names = {id(p): n for n, p in module.named_parameters()}
-
-    class Capturing(Compiler):
-        def __call__(self, gm: Any, example_inputs: Any) -> Any:
-            step = super().__call__(gm, example_inputs)
-            eager = gm.forward
-
-            def run(*args: Any) -> Any:
-                calls.append((step, tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)))
-                return eager(*args)
-
-            return run
-
-    class Names:
-        def names(self) -> dict[int, str]:
-            return names
-
-    compiler = Capturing(mesh_of(num_ranks), Group("simulated", num_ranks, 0), "aot_eager", Report(), "step", Names())  # type: ignore[arg-type]
+    simulation = Simulation(module, num_ranks, sharded=sharded)
     length = max(t.shape[sequence_dim] for t in inputs if t.ndim > sequence_dim)
     for tensor in inputs:
         for dim in range(tensor.ndim):
             if dim == sequence_dim or (dim > 0 and tensor.shape[dim] == length):
                 _compat.mark_dynamic(tensor, dim)
-    torch.compile(function, backend=compiler, fullgraph=True)(*inputs)
-    step, args = calls[0]
-    sizes = step.sizes(args)
-    step.emitter(sizes, compiler.group, None)  # plan once, outside the ranks' threads
-    reports: list[StepReport] = []
-
-    def work(rank: int) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-        group = Group("simulated", num_ranks, rank)
-        parameters = RankParameters(module, group, sharded=sharded)
-        emitter = step.emitter(sizes, group, parameters)  # type: ignore[arg-type]
-        program = emitter.emit()
-        if rank == 0:
-            reports.append(StepReport.of("step", emitter, program, step.captured.symbols))
-        held = [
-            parameters.leaves.get(step.captured.parameters.get(step.captured.placeholders[i], ""), args[i]) for i in program.inputs
-        ]
-        outputs = list(
-            program.module(*(t.clone() if isinstance(t, Tensor) and t.is_leaf and not t.requires_grad else t for t in held))
-        )
-        if backward:
-            outputs[0].backward()
-        return outputs, {name: leaf.grad for name, leaf in parameters.leaves.items()}
-
-    results = run_ranks(num_ranks, work)
-    return Lowered([r[0] for r in results], [r[1] for r in results], reports[0], step)
+    torch.compile(function, backend=simulation.compiler(Report(), "step"), fullgraph=True)(*inputs)
+    run = simulation.last
+    assert run is not None
+    if backward:
+        simulation.backward([outputs[0] for outputs in run.outputs])
+    return Lowered([list(outputs) for outputs in run.outputs], simulation.gradients(), run.report, run.step)
 
 
 def assert_exact(

@@ -7,9 +7,10 @@ turn.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import sympy
 import torch
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_autosp.compiler import rules
 from lightning_autosp.compiler.capture import Captured, is_size
-from lightning_autosp.compiler.layout import Layout
+from lightning_autosp.compiler.layout import Layout, Span, span_of
 from lightning_autosp.compiler.plan import Form, Plan
 from lightning_autosp.compiler.rule import Facts, Sharding, tensor_inputs
 from lightning_autosp.compiler.rules.random import can_broadcast, emit_whole, is_random
@@ -43,29 +44,33 @@ def is_item(node: fx.Node) -> bool:
     return node.target is operator.getitem and isinstance(node.args[0], fx.Node)
 
 
-def make_plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh) -> Plan:
+def make_plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh, too_short: Iterable[Span] = ()) -> Plan:
     """Decide how to run a captured step on the ranks of a sequence group.
 
     Args:
         captured: The normalised step.
         symbols: The sequence symbols to shard; with none, everything is computed in full.
         mesh: The one-dimensional mesh of the sequence group.
+        too_short: Spans that leave some rank without a position, so that they are never cut.
     """
-    plan = _plan(captured, symbols, mesh, shard_random=True)
+    short = frozenset(too_short)
+    plan = _plan(captured, symbols, mesh, short, shard_random=True)
     random = [node for node in plan.demands if is_random(node)]
     plan.rank_streams = any(node in plan.shardings for node in random)
     whole = {node for node in random if node not in plan.shardings}
     if plan.rank_streams and not all(can_broadcast(node) for node in whole):
         # A random operator that has to be whole and cannot be broadcast needs one stream for all ranks, and so do then the others.
-        plan = _plan(captured, symbols, mesh, shard_random=False)
+        plan = _plan(captured, symbols, mesh, short, shard_random=False)
         whole = {node for node in plan.demands if is_random(node)}
     if plan.facts.symbols:
         plan.broadcast = dict.fromkeys((node for node in whole if can_broadcast(node)), emit_whole)
     return plan
 
 
-def _plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh, *, shard_random: bool) -> Plan:
-    facts = Facts(captured, symbols, mesh)
+def _plan(
+    captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh, too_short: frozenset[Span], *, shard_random: bool
+) -> Plan:
+    facts = Facts(captured, symbols, mesh, too_short)
     possible: dict[fx.Node, Sharding] = {}
     for node in captured.graph.nodes:
         if any(source in facts.trained for source in node.all_input_nodes):
@@ -74,7 +79,7 @@ def _plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh,
             continue
         sharding = None
         if node.op == "call_function" and not is_region_mark(node):
-            sharding = _item_sharding(node, possible) if is_item(node) else _ask(facts, node)
+            sharding = _item_sharding(node, possible) if is_item(node) else _propose(facts, node)
         if sharding is not None and not shard_random and is_random(node):
             sharding = None
         if sharding is not None:
@@ -85,12 +90,96 @@ def _plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh,
     return _demand(facts, possible)
 
 
+def _propose(facts: Facts, node: fx.Node) -> Sharding | None:
+    """Return how to compute a node from parts: as its inputs are, or from parts they can be exchanged for."""
+    sharding = _ask(facts, node)
+    if sharding is not None or node not in facts.trained:
+        return sharding
+    for assumption in _assumptions(facts, node):
+        with facts.assuming(assumption):
+            sharding = _ask(facts, node)
+        if sharding is not None:
+            return sharding
+    return None
+
+
+def _assumptions(facts: Facts, node: fx.Node) -> Iterator[dict[fx.Node, Layout | None]]:
+    """Yield other layouts of a node's inputs, the cheapest exchange first."""
+    inputs = [source for source in tensor_inputs(node) if facts.has_sequence(source)]
+    now = {source: facts.layout(source) for source in inputs}
+    if not inputs or all(layout is None for layout in now.values()):
+        return
+    seen = [now]
+
+    def new(assumption: dict[fx.Node, Layout | None]) -> Iterator[dict[fx.Node, Layout | None]]:
+        if assumption not in seen:
+            seen.append(assumption)
+            yield assumption
+
+    home = {source: facts.shape_layout(facts.shape(source)) for source in inputs}
+    largest_first = sorted(inputs, key=lambda source: -len(facts.sequence_dims(source)))
+    for source in largest_first:
+        layout = now[source]
+        if layout is not None:
+            alike = {other: _alike(facts, other, source, layout) for other in inputs}
+            if all(alike.values()):
+                yield from new(alike)
+    yield from new(home)
+    main = largest_first[0]
+    ranks = facts.mesh.size()
+    others = [Layout(dim, span_of(size)) for dim, size in enumerate(facts.shape(main)) if size.is_Integer and size >= ranks]
+    # Samples last: a part of the samples would stay one through all that follows, and a batch may have few.
+    for layout in sorted(others, key=lambda layout: (layout.dim == 0, int(layout.size) % ranks != 0, layout.dim)):
+        alike = {other: _alike(facts, other, main, layout) for other in inputs}
+        if all(alike.values()):
+            yield from new(alike)
+    if len(inputs) > 1:
+        for source in largest_first:
+            yield from new({other: home[other] if other is source else None for other in inputs})
+
+
+def _alike(facts: Facts, node: fx.Node, like: fx.Node, layout: Layout) -> Layout | None:
+    """Return the layout of `node` that cuts the dimension which lines up with that of `like`, from the first or the last."""
+    if node is like:
+        return layout
+    shape, ndim = facts.shape(node), len(facts.shape(like))
+    for dim in dict.fromkeys((layout.dim, len(shape) - ndim + layout.dim)):
+        if 0 <= dim < len(shape) and shape[dim] == layout.size:
+            return layout.at(dim)
+    return None
+
+
+def _cut_like(facts: Facts, node: fx.Node, wanted: Layout) -> Sharding | None:
+    """Return how to compute this part of data that would otherwise be computed whole."""
+    inputs = [source for source in tensor_inputs(node) if facts.has_sequence(source)]
+    shape = facts.shape(node)
+    if not 0 < len(inputs) <= 3:
+        return None
+    choices = []
+    for source in inputs:
+        own = facts.shape(source)
+        dims = [dim for dim, size in enumerate(own) if size == wanted.size]
+        dims.sort(key=lambda dim: len(own) - dim != len(shape) - wanted.dim)
+        choices.append([wanted.at(dim) for dim in dims] + [None])
+    for layouts in itertools.product(*choices):
+        with facts.assuming(dict(zip(inputs, layouts, strict=True))):
+            sharding = _ask(facts, node)
+        if sharding is not None and sharding.output == wanted and sharding.kind == "local":
+            return sharding
+    return None
+
+
 def _ask(facts: Facts, node: fx.Node) -> Sharding | None:
     if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
         return None
     if not facts.has_sequence(node) and not any(facts.has_sequence(source) for source in node.all_input_nodes):
         return None
-    return rules.find(facts, node)
+    sharding = rules.find(facts, node)
+    if sharding is None:
+        return None
+    outputs = sharding.output if isinstance(sharding.output, tuple) else (sharding.output,)
+    spans = {layout.span for layout in (*outputs, *sharding.needs.values()) if layout is not None}
+    return None if spans & facts.too_short else sharding
 
 
 def _item_sharding(node: fx.Node, possible: dict[fx.Node, Sharding]) -> Sharding | None:
@@ -104,15 +193,13 @@ def _layout_of_whole(facts: Facts, node: fx.Node) -> Layout | None:
     """Return the layout in which parts can be cut from a whole value."""
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return None
-    shape = facts.shape(node)
-    found = facts.shape_layout(shape)
-    dims = facts.sequence_dims(node)
-    if found is None and len(dims) == 1:
+    dims, shape = facts.sequence_dims(node), facts.shape(node)
+    if len(dims) == 1:
         for source in tensor_inputs(node):
             own = facts.layout(source)
-            if own is not None and own.size == shape[dims[0]]:
+            if own is not None and own.along_sequence and own.size == shape[dims[0]]:
                 return own.at(dims[0])
-    return found
+    return facts.shape_layout(shape)
 
 
 def _demand(facts: Facts, possible: dict[fx.Node, Sharding]) -> Plan:
@@ -143,7 +230,12 @@ def _demand(facts: Facts, possible: dict[fx.Node, Sharding]) -> Plan:
             ask(parent, None, node)
             continue
         sharding = possible.get(node)
-        if sharding is not None and _worthwhile(facts, node, sharding, set(demands[node])):
+        forms = set(demands[node])
+        if node not in facts.trained and len(forms) == 1 and isinstance(node.meta.get("val"), torch.Tensor):
+            (form,) = forms
+            if form is not None and (sharding is None or sharding.output != form) and facts.symbols and node.op == "call_function":
+                sharding = _cut_like(facts, node, form)
+        if sharding is not None and _worthwhile(facts, node, sharding, forms):
             shardings[node] = sharding
         chosen = shardings.get(node)
         needs, unused = (chosen.needs, chosen.unused) if chosen else ({}, ())

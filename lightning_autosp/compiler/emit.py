@@ -7,7 +7,7 @@ is asked for, right where it is computed, so that conversions stand in the same 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,13 @@ from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.capture import is_size
 from lightning_autosp.compiler.layout import Layout
 from lightning_autosp.compiler.plan import Form, Plan
+from lightning_autosp.exchange import Range, exchange, fetch
 
 __all__ = ["Emitter", "Program", "gather_layout", "slice_layout"]
+
+
+Cut = tuple[int, int, int, tuple[tuple[int, int], ...]]
+"""A layout in numbers: dim, outer, inner and every rank's `(start, stop)`."""
 
 
 @dataclass
@@ -51,6 +56,35 @@ def gather_layout(x: Tensor, dim: int, outer: int, inner: int, lengths: tuple[in
         return collectives.all_gather_sequence(x, dim, lengths, group).contiguous()
     split = x.unflatten(dim, (outer, -1, inner))
     return collectives.all_gather_sequence(split, dim + 1, lengths, group).contiguous().flatten(dim, dim + 2)
+
+
+def fetch_layout(
+    x: Tensor, dim: int, outer: int, bounds: Sequence[tuple[int, int]], wanted: Sequence[Sequence[Range]], group: Group
+) -> Tensor:
+    """`exchange.fetch` along a dimension of size `outer * length`; the result is contiguous."""
+    if outer == 1:
+        return fetch(x, dim, bounds, wanted, group).contiguous()
+    return fetch(x.unflatten(dim, (outer, -1)), dim + 1, bounds, wanted, group).contiguous().flatten(dim, dim + 1)
+
+
+def exchange_dims(x: Tensor, have: Cut, want: Cut, group: Group) -> Tensor:
+    """Give up a part of one dimension for a part of another; the result is contiguous.
+
+    Args:
+        x: This rank's part along `have`.
+        have: `(dim, outer, inner, bounds)`: how `x` is cut, `bounds` every rank's `(start, stop)`.
+        want: How the result is cut.
+        group: The sequence group.
+    """
+    first, second = sorted((have, want))
+    # The later dimension first, so that the number of the earlier one stays.
+    split = x
+    for dim, outer, inner, bounds in (second, first):
+        whole = bounds[-1][1] if (dim, outer, inner, bounds) == want else bounds[group.rank][1] - bounds[group.rank][0]
+        split = split.unflatten(dim, (outer, whole, inner))
+    place = {first: first[0] + 1, second: second[0] + 3}
+    out = exchange(split, place[have], have[3], place[want], want[3], group)
+    return out.flatten(second[0] + 2, second[0] + 4).flatten(first[0], first[0] + 2).contiguous()
 
 
 class Emitter:
@@ -108,7 +142,7 @@ class Emitter:
 
     def bounds(self, layout: Layout) -> tuple[tuple[int, int], ...]:
         """Return every rank's `(start, stop)` positions."""
-        return tuple(layout.span.bounds(int(self.sizes[layout.span.symbol]), self.group.size))
+        return tuple(layout.span.bounds(self.integer(layout.span.base), self.group.size))
 
     def lengths(self, layout: Layout) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in self.bounds(layout))
@@ -216,6 +250,12 @@ class Emitter:
         if not others:
             return
         if form is not None:
+            for other in list(others):
+                if other is not None and not (form.dim == other.dim and form.outer != other.outer):
+                    self._env[(node, other)] = self._exchange(value, form, other)
+                    others.remove(other)
+            if not others:
+                return
             lengths, dims = self.lengths(form), (form.dim, self.integer(form.outer), self.integer(form.inner))
             value = self._env[(node, None)] = self.call(gather_layout, (value, *dims, lengths, self.group))
             askers = [asker for other in others for asker in self.plan.demands[node][other]]
@@ -225,6 +265,20 @@ class Emitter:
                 start, stop = self.bounds(other)[self.group.rank]
                 dims = (other.dim, self.integer(other.outer), self.integer(other.inner))
                 self._env[(node, other)] = self.call(slice_layout, (value, *dims, start, stop))
+
+    def _exchange(self, value: fx.Node, have: Layout, want: Layout) -> fx.Node:
+        """Turn one part into another without making the whole."""
+        if have.dim != want.dim:
+            cuts = [(x.dim, self.integer(x.outer), self.integer(x.inner), self.bounds(x)) for x in (have, want)]
+            return self.call(exchange_dims, (value, *cuts, self.group))
+        units = [
+            tuple((start * self.integer(x.inner), stop * self.integer(x.inner)) for start, stop in self.bounds(x))
+            for x in (have, want)
+        ]
+        if units[0] == units[1]:
+            return value
+        wanted = tuple(((start, stop, 1),) for start, stop in units[1])
+        return self.call(fetch_layout, (value, have.dim, self.integer(have.outer), units[0], wanted, self.group))
 
     def _map(self, value: Any, needs: Mapping[fx.Node, Layout]) -> Any:
         def one(node: fx.Node) -> Any:

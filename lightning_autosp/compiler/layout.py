@@ -1,9 +1,10 @@
-"""Where the sequence is in a tensor, and which part of it each rank owns.
+"""How a tensor is cut into the parts that the ranks hold.
 
-The base sequence has length `S` (a symbol while planning, an integer once specialised). Its positions are cut once into
-`P` contiguous ranges. Every tensor that was derived from the sequence by dropping or adding positions at either end (`x[:, :-1]`,
-`x[:, 1:]`, a prepended class token) keeps those cuts, so such ops move nothing between ranks; only the first and last rank hold
-fewer or more positions. A tensor's part is described in base positions by a `Span`.
+A part is a range of positions along one dimension, mostly the sequence: its positions are cut once into `P` contiguous ranges.
+Every tensor that was derived from a sequence by dropping or adding positions at either end (`x[:, :-1]`, `x[:, 1:]`, a prepended
+class token) keeps those cuts, so such operators move nothing between ranks; only the first and last rank hold fewer or more
+positions. A tensor's part is described in positions of that base sequence by a `Span`. A sequence of any other length (every second
+position, two sequences one behind the other) and a dimension that is no sequence (attention heads) are bases of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-__all__ = ["Layout", "Span", "ShardTooShortError", "as_expr", "base_cuts", "layout_of_shape"]
+__all__ = ["Layout", "ShardTooShortError", "Span", "as_expr", "base_cuts", "layout_of_shape", "span_of"]
 
 ONE = sympy.Integer(1)
 
@@ -22,21 +23,25 @@ ONE = sympy.Integer(1)
 class ShardTooShortError(ValueError):
     """A tensor has too few positions for every rank to own one."""
 
+    def __init__(self, span: Span, length: int, num_ranks: int) -> None:
+        super().__init__(f"a tensor of {length} positions leaves one of {num_ranks} ranks without any")
+        self.span = span
+
 
 @dataclass(frozen=True)
 class Span:
-    """The base positions `[begin, S + end)` of the sequence named by `symbol`.
+    """The positions `[begin, base + end)` of a sequence that has `base` positions.
 
     `begin` is negative when positions were prepended (a class token: -1) and positive when they were dropped (`x[:, 1:]`: 1).
     """
 
-    symbol: sympy.Symbol
+    base: sympy.Expr
     begin: int = 0
     end: int = 0
 
     @property
     def length(self) -> sympy.Expr:
-        return self.symbol + self.end - self.begin
+        return self.base + self.end - self.begin
 
     def bounds(self, base_length: int, num_ranks: int) -> list[tuple[int, int]]:
         """Return each rank's `(start, stop)`, in the tensor's own positions.
@@ -48,17 +53,15 @@ class Span:
         cuts[0], cuts[-1] = self.begin, base_length + self.end
         bounds = [(lo - self.begin, hi - self.begin) for lo, hi in zip(cuts, cuts[1:], strict=False)]
         if any(stop <= start for start, stop in bounds):
-            raise ShardTooShortError(
-                f"a tensor of {base_length + self.end - self.begin} positions leaves one of {num_ranks} ranks without any"
-            )
+            raise ShardTooShortError(self, base_length + self.end - self.begin, num_ranks)
         return bounds
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Dimension `dim` has size `outer * span.length * inner`, with the sequence between the two.
+    """Dimension `dim` has size `outer * span.length * inner`, with the positions that are cut between the two.
 
-    `outer` and `inner` differ from 1 only where a view merged the sequence with its neighbours: `(B, s, D) -> (B*s, D)`
+    `outer` and `inner` differ from 1 only where a view merged the dimension with its neighbours: `(B, s, D) -> (B*s, D)`
     has `outer == B`. A rank's local tensor has size `outer * local_length * inner` there.
     """
 
@@ -74,6 +77,11 @@ class Layout:
     @property
     def merged(self) -> bool:
         return self.outer != 1 or self.inner != 1
+
+    @property
+    def along_sequence(self) -> bool:
+        """Whether a sequence is cut, not some dimension of known size."""
+        return bool(self.span.base.free_symbols)
 
     def at(self, dim: int) -> Layout:
         return replace(self, dim=dim)
@@ -107,20 +115,13 @@ def as_expr(
     return sympy.expand(expr) if isinstance(expr, sympy.Expr) else expr
 
 
-def affine_length(expr: sympy.Expr, symbols: Iterable[sympy.Symbol]) -> tuple[sympy.Symbol, int] | None:
-    """Return `(symbol, c)` when `expr == symbol + c` for one of `symbols` and an integer `c`."""
-    for symbol in symbols:
-        rest = sympy.expand(expr - symbol)
-        if rest.is_Integer:
-            return symbol, int(rest)
-    return None
+def span_of(size: sympy.Expr) -> Span:
+    """Return the span of a dimension of this size when nothing else is known: `s - 1` keeps the cuts of `s`."""
+    constant, rest = size.as_coeff_Add()
+    return Span(rest, 0, int(constant)) if rest.free_symbols and constant.is_Integer else Span(size)
 
 
 def layout_of_shape(shape: Sequence[sympy.Expr], symbols: Iterable[sympy.Symbol]) -> Layout | None:
-    """Return the layout that a tensor's shape alone proves: exactly one dimension is a sequence, and it is not merged."""
-    symbols = tuple(symbols)
-    found = [dim for dim, size in enumerate(shape) if size.free_symbols & set(symbols)]
-    if len(found) != 1:
-        return None
-    length = affine_length(shape[found[0]], symbols)
-    return Layout(found[0], Span(length[0], 0, length[1])) if length else None
+    """Return the layout that cuts the first dimension whose size depends on one of the symbols."""
+    known = frozenset(symbols)
+    return next((Layout(dim, span_of(size)) for dim, size in enumerate(shape) if size.free_symbols & known), None)

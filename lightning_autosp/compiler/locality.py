@@ -7,6 +7,7 @@ Answers are cached by operator, shapes and placements for the life of the proces
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,14 +72,24 @@ def _ask(target: Any, leaves: list[Any], spec: Any, mesh: DeviceMesh) -> tuple[P
         local = torch.empty(shape, dtype=leaf.dtype, device=mesh.device_type)
         return DTensor.from_local(local, mesh, [placement], run_check=False)
 
+    log = logging.getLogger(FakeTensorMode.__module__)
+    silent, log.disabled = log.disabled, True  # shapes that do not fit are an answer here, not an error to print
     try:
         with FakeTensorMode(), torch.no_grad(), CommDebugMode() as communication:
             args, kwargs = pytree.tree_unflatten([build(leaf) for leaf in leaves], spec)
             outputs = target(*args, **kwargs)
+            # DTensor cuts whole inputs by itself where that suits an operator. The parts alone have to give its answer.
+            own_args, own_kwargs = pytree.tree_map_only(DTensor, DTensor.to_local, (args, kwargs))
+            own = target(*own_args, **own_kwargs)
     except Exception:  # noqa: BLE001 -- any refusal of DTensor's means "not known to be local"
         return None
+    finally:
+        log.disabled = silent
     if communication.get_total_counts():
         return None
     tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
     placed = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    local = [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor)]
+    if [tensor.to_local().shape for tensor in placed] != [tensor.shape for tensor in local]:
+        return None
     return tuple(tensor.placements[0] for tensor in placed) if len(placed) == len(tensors) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from lightning_autosp.compiler.capture import Captured
-from lightning_autosp.compiler.layout import Layout, Span, affine_length, layout_of_shape
+from lightning_autosp.compiler.layout import Layout, Span, layout_of_shape, span_of
 
 __all__ = ["Facts", "Rule", "Sharding", "bound", "tensor_inputs"]
 
@@ -63,14 +64,19 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 class Facts:
     """What is known of a captured graph while rules are asked: symbolic shapes, layouts, what met a parameter."""
 
-    def __init__(self, captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh) -> None:
+    def __init__(
+        self, captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh, too_short: frozenset[Span] = frozenset()
+    ) -> None:
         self.captured = captured
         self.symbols = frozenset(symbols)
         self.mesh = mesh
+        self.too_short = too_short
+        """Spans that leave some rank without a position."""
         self.layouts: dict[fx.Node, Layout | None | tuple[Layout | None, ...]] = {}
         self.trained: set[fx.Node] = set(captured.trainable)
         """Nodes computed from something that requires grad; the others are data, cheap enough to hold in full."""
         self._shapes: dict[fx.Node, tuple[sympy.Expr, ...]] = {}
+        self._assumed: Mapping[fx.Node, Layout | None] = {}
 
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
         """Return a tensor's global shape in canonical symbols."""
@@ -83,8 +89,17 @@ class Facts:
         return self.captured.expr(value.meta["val"] if isinstance(value, fx.Node) else value)
 
     def layout(self, node: fx.Node) -> Layout | None:
-        found = self.layouts.get(node)
+        found = self._assumed[node] if node in self._assumed else self.layouts.get(node)
         return found if isinstance(found, Layout) else None
+
+    @contextmanager
+    def assuming(self, layouts: Mapping[fx.Node, Layout | None]) -> Iterator[None]:
+        """Let rules see these layouts of a node's inputs; whatever they ask for, the emitter converts to."""
+        self._assumed = layouts
+        try:
+            yield
+        finally:
+            self._assumed = {}
 
     def has_sequence(self, node: fx.Node) -> bool:
         """Whether any size of the value depends on a sequence symbol."""
@@ -102,23 +117,14 @@ class Facts:
         return layout_of_shape(tuple(shape), self.symbols)
 
     def span_of(self, size: sympy.Expr) -> Span | None:
-        """Return the span of a size `symbol + c`, held from base position 0."""
-        found = affine_length(size, self.symbols)
-        return Span(found[0], 0, found[1]) if found else None
+        """Return the span of a dimension that is a sequence, from base position 0."""
+        return span_of(size) if size.free_symbols & self.symbols else None
 
     def reference(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, Layout] | None:
-        """Return the input whose layout decides: the first trained one, else the first with a layout."""
+        """Return the input whose layout decides: a trained one before data, one cut along a sequence before others."""
         candidates = [(node, layout) for node in nodes if (layout := self.layout(node)) is not None]
-        trained = [pair for pair in candidates if pair[0] in self.trained]
-        return next(iter(trained or candidates), None)
+        return max(candidates, key=lambda pair: (pair[0] in self.trained, pair[1].along_sequence), default=None)
 
     def fit(self, node: fx.Node, dim: int, like: Layout) -> Layout | None:
         """Return the layout in which `node` can be sliced along `dim` to match `like`, or `None`."""
-        if self.shape(node)[dim] != like.size:
-            return None
-        own = self.layout(node)
-        if own is not None and own.dim == dim and (own.outer, own.inner) != (like.outer, like.inner):
-            return None
-        if like.merged and (own is None or own.dim != dim):
-            return None
-        return like.at(dim)
+        return like.at(dim) if self.shape(node)[dim] == like.size else None

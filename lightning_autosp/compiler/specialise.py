@@ -19,8 +19,8 @@ from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.backend import CompileBackend, compile_module
 from lightning_autosp.compiler.capture import Captured, capture
 from lightning_autosp.compiler.demand import make_plan
-from lightning_autosp.compiler.emit import Emitter
-from lightning_autosp.compiler.layout import ShardTooShortError
+from lightning_autosp.compiler.emit import Emitter, Program
+from lightning_autosp.compiler.layout import ShardTooShortError, Span
 from lightning_autosp.compiler.plan import Plan
 from lightning_autosp.compiler.report import Report, StepReport
 from lightning_autosp.compiler.scalars import NeedsBreakError
@@ -86,7 +86,7 @@ class LoweredStep:
 
     def __init__(self, captured: Captured, compiler: Compiler) -> None:
         self.captured, self.compiler = captured, compiler
-        self._plans: dict[frozenset[sympy.Symbol], Plan] = {}
+        self._plans: dict[tuple[frozenset[sympy.Symbol], frozenset[Span]], Plan] = {}
         self._programs: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
         self._where = _find_symbols(captured)
 
@@ -108,25 +108,29 @@ class LoweredStep:
             for symbol, (index, dim, factor, constant) in self._where.items()
         }
 
-    def plan(self, symbols: frozenset[sympy.Symbol]) -> Plan:
-        if symbols not in self._plans:
-            self._plans[symbols] = make_plan(self.captured, symbols, self.compiler.mesh)
-        return self._plans[symbols]
+    def plan(self, symbols: frozenset[sympy.Symbol], too_short: frozenset[Span] = frozenset()) -> Plan:
+        key = (symbols, too_short)
+        if key not in self._plans:
+            self._plans[key] = make_plan(self.captured, symbols, self.compiler.mesh, too_short)
+        return self._plans[key]
 
-    def emitter(self, sizes: dict[sympy.Symbol, int], group: Group, parameters: Parameters | None) -> Emitter:
-        """Return what emits the program of one rank, for sequences long enough to give every rank a part."""
+    def emit(self, sizes: dict[sympy.Symbol, int], group: Group, parameters: Parameters | None) -> tuple[Emitter, Program]:
+        """Return the program of one rank and what emitted it. Only sequences that give every rank a part are cut."""
         ranks = group.size
         symbols = frozenset(s for s in self.captured.symbols if sizes.get(s, 0) >= ranks) if ranks > 1 else frozenset()
-        return Emitter(self.plan(symbols), sizes, group, parameters.enter if parameters else None)
+        too_short: frozenset[Span] = frozenset()
+        while True:
+            emitter = Emitter(self.plan(symbols, too_short), sizes, group, parameters.enter if parameters else None)
+            try:
+                return emitter, emitter.emit()
+            except ShardTooShortError as error:
+                if error.span in too_short:  # the batch's own sequence, which inputs are cut along whatever rules say
+                    symbols = frozenset()
+                too_short |= {error.span}
 
     def _compile(self, sizes: dict[sympy.Symbol, int], inputs: Sequence[Any]) -> Callable[..., Any]:
         compiler, start = self.compiler, time.perf_counter()
-        emitter = self.emitter(sizes, compiler.group, compiler.parameters)
-        try:
-            program = emitter.emit()
-        except ShardTooShortError:
-            emitter = Emitter(self.plan(frozenset()), sizes, compiler.group, emitter.enter_parameter)
-            program = emitter.emit()
+        emitter, program = self.emit(sizes, compiler.group, compiler.parameters)
         entry = StepReport.of(compiler.kind, emitter, program, self.captured.symbols)
         if compiler.strict:
             entry.refuse_fallbacks()

@@ -22,6 +22,12 @@ aten = torch.ops.aten
 
 # Operators whose DTensor answer "average the partial results" is true of every position alike. A weighted mean (any loss that
 # ignores targets) gets the same answer and is not, so it needs a rule of its own.
+# Operators that take rows of one input and all of another.
+CONTRACTIONS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default, aten.baddbmm.default}
+
+_POSITIONS = 4
+"""Positions a rank has when PyTorch is asked."""
+
 TRUE_MEANS = {aten.mean.default, aten.mean.dim}
 
 
@@ -40,7 +46,7 @@ def pointwise(facts: Facts, node: fx.Node) -> Sharding | None:
         return None
     reference, layout = found
     out = layout.at(layout.dim + len(shape) - len(facts.shape(reference)))
-    if facts.sequence_dims(node) != [out.dim]:
+    if shape[out.dim] != layout.size:
         return None
     needs = broadcast_needs(facts, inputs, out, len(shape) - out.dim)
     return None if needs is None else Sharding(needs, out)
@@ -85,7 +91,9 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
             if fitted is None:
                 return None
             needs[value] = fitted
-        elif facts.has_sequence(value):
+        elif layout.along_sequence and facts.has_sequence(value) and node.target not in CONTRACTIONS:
+            return None  # DTensor would cut it by itself
+        elif not layout.along_sequence and layout.size in facts.shape(value):
             return None
     if any(facts.expr(n).free_symbols & facts.symbols for n in node.all_input_nodes if is_size(n)):
         return None  # a size argument: it would have to be made local, which only a rule knows how to do
@@ -104,7 +112,7 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
             op = placement.reduce_op
             if op == "avg" and node.target not in TRUE_MEANS:
                 return None
-            return finish_partial(needs, layout, op)
+            return finish_partial(facts, node, needs, layout, op)
         else:
             return None
     # A whole output of sharded inputs would have taken communication: nothing else is believed.
@@ -115,11 +123,12 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
 def _argument(facts: Facts, node: fx.Node, layout: Layout | None, reference: Layout) -> Any:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return Argument(
-            tuple(_representative(size, reference, facts.mesh.size()) for size in facts.shape(node)),
-            value.dtype,
-            None if layout is None else layout.dim,
-        )
+        shape = [_representative(size, reference, facts.mesh.size()) for size in facts.shape(node)]
+        if layout is None:
+            return Argument(tuple(shape), value.dtype)
+        if not layout.along_sequence:  # cut into parts of more than one position, which nothing can be broadcast to
+            shape[layout.dim] = int(layout.outer) * _POSITIONS * facts.mesh.size() * int(layout.inner)
+        return Argument(tuple(shape), value.dtype, layout.dim)
     if is_size(node):
         return int(_representative(facts.expr(node), reference, facts.mesh.size()))
     return value
@@ -127,8 +136,10 @@ def _argument(facts: Facts, node: fx.Node, layout: Layout | None, reference: Lay
 
 def _representative(size: sympy.Expr, layout: Layout, num_ranks: int) -> int:
     """Replace symbols by small numbers: the sequence gets a length every rank has an equal part of."""
-    length = 4 * num_ranks
+    length = _POSITIONS * num_ranks
     span = layout.span
-    values: dict[sympy.Symbol, int] = {span.symbol: length - span.end + span.begin}
+    if size == layout.size and layout.along_sequence and not layout.merged:
+        return length
+    values = dict.fromkeys(span.base.free_symbols, length - span.end + span.begin)
     values.update({symbol: 2 for symbol in size.free_symbols if symbol not in values})
     return int(size.xreplace(values))

@@ -38,9 +38,7 @@ def slice_(facts: Facts, node: fx.Node) -> Sharding | None:
     if not size.free_symbols:  # a few positions at a known end: every rank gets them
         return _take(facts, node, source, layout, start, int(size))
     span = facts.span_of(size)
-    if span is None or span.symbol != layout.span.symbol:
-        return None
-    if start < 0:
+    if span is None or span.base != layout.span.base or start < 0:
         return None
     begin = layout.span.begin + start
     end = span.end - span.begin + begin
@@ -80,7 +78,7 @@ def _position(facts: Facts, index: Any, layout: Layout) -> int | None:
 
 def _take(facts: Facts, node: fx.Node, source: fx.Node, layout: Layout, start: int, length: int | None) -> Sharding | None:
     """Give positions `[start, start + length)` to every rank (`None`: one position, its dimension dropped)."""
-    if facts.shape(node) and facts.sequence_dims(node):
+    if facts.has_sequence(node):
         return None
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
@@ -152,7 +150,7 @@ def cat(facts: Facts, node: fx.Node) -> Sharding | None:
         return Sharding(needs, layout, emit)
 
     others = [piece for piece in pieces if piece is not main]
-    if layout.merged or pieces.count(main) != 1 or any(facts.sequence_dims(piece) for piece in others):
+    if layout.merged or pieces.count(main) != 1 or any(facts.shape(piece)[dim].free_symbols for piece in others):
         return None
     place = pieces.index(main)
     added = [int(facts.shape(piece)[dim]) for piece in pieces if piece is not main]

@@ -135,7 +135,7 @@ def elementwise(facts: Facts, node: fx.Node) -> Sharding | None:
     needs = broadcast_needs(facts, inputs, layout, len(facts.shape(reference)) - layout.dim)
     if needs is None:
         return None
-    finished = finish_partial(needs, layout, "avg" if reduction == MEAN else "sum")
+    finished = finish_partial(facts, node, needs, layout, "avg" if reduction == MEAN else "sum")
     return finished and replace(finished, kind="loss", note=f"reduction={_REDUCTION[reduction]!r}")
 
 

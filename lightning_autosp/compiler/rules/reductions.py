@@ -38,18 +38,18 @@ def _rule(join: Any) -> Rule:
         dims = _reduced_dims(given.get("dim"), len(facts.shape(source)))
         if layout.dim not in dims:
             return ask_pytorch(facts, node)
-        return join(source, layout, dims, bool(given.get("keepdim", False)))
+        return join(facts, node, source, layout, dims, bool(given.get("keepdim", False)))
 
     return rule
 
 
 def _linear(op: str) -> Any:
-    return lambda source, layout, dims, keepdim: finish_partial({source: layout}, layout, op)
+    return lambda facts, node, source, layout, dims, keepdim: finish_partial(facts, node, {source: layout}, layout, op)
 
 
 def _extremum(minimum: bool) -> Any:
-    def join(source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding:
-        def emit(em: Emitter, node: fx.Node) -> fx.Node:
+    def join(facts: Facts, node: fx.Node, source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding:
+        def emit(em: Emitter, n: fx.Node) -> fx.Node:
             args = (em.get(source, layout), dims, keepdim, em.group)
             return em.call(collectives.amax_across, args, {"minimum": minimum})
 
@@ -59,11 +59,11 @@ def _extremum(minimum: bool) -> Any:
 
 
 def _extremum_and_index(minimum: bool) -> Any:
-    def join(source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding | None:
+    def join(facts: Facts, node: fx.Node, source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding | None:
         if layout.merged:
             return None
 
-        def emit(em: Emitter, node: fx.Node) -> fx.Node:
+        def emit(em: Emitter, n: fx.Node) -> fx.Node:
             args = (em.get(source, layout), dims[0], keepdim, em.bounds(layout)[em.group.rank][0], em.group)
             return em.call(max_with_index, args, {"minimum": minimum})
 
@@ -73,8 +73,8 @@ def _extremum_and_index(minimum: bool) -> Any:
 
 
 def _truth(every: bool) -> Any:
-    def join(source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding:
-        def emit(em: Emitter, node: fx.Node) -> fx.Node:
+    def join(facts: Facts, node: fx.Node, source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding:
+        def emit(em: Emitter, n: fx.Node) -> fx.Node:
             args = (em.get(source, layout), dims, keepdim, em.group)
             return em.call(truth_across, args, {"every": every})
 

@@ -28,13 +28,12 @@ def view(facts: Facts, node: fx.Node) -> Sharding | None:
     shape_in, shape_out = facts.shape(source), facts.shape(node)
     before = sympy.prod(shape_in[: layout.dim]) * layout.outer
     behind = sympy.prod(shape_in[layout.dim + 1 :]) * layout.inner
-    for dim, size in enumerate(shape_out):
-        if not size.free_symbols & {layout.span.symbol}:
-            continue
+    for dim in range(len(shape_out)):
         outer = sympy.cancel(before / sympy.prod(shape_out[:dim]))
         inner = sympy.cancel(behind / sympy.prod(shape_out[dim + 1 :]))
-        out = Layout(dim, layout.span, outer, inner)
-        if _whole(outer) and _whole(inner) and out.size == size and facts.sequence_dims(node) == [dim]:
+        # A view keeps the number of elements, so this dimension then holds exactly `outer * length * inner`.
+        if _whole(outer) and _whole(inner):
+            out = Layout(dim, layout.span, outer, inner)
             return Sharding({source: layout}, out, functools.partial(_reshape, layout=layout, out=out))
     return None
 
@@ -98,7 +97,7 @@ def per_sample(facts: Facts, node: fx.Node) -> Sharding | None:
     if layout is None or layout.dim != 0 or len(facts.shape(source)) != len(facts.shape(node)):
         return None
     unbatched = node.args[1].meta["val"].ndim > len(facts.shape(source))  # type: ignore[union-attr]
-    return None if unbatched or facts.sequence_dims(node) != [0] else Sharding({source: layout}, layout)
+    return None if unbatched else Sharding({source: layout}, layout)
 
 
 RULES: dict[Any, Rule] = {

@@ -1,0 +1,419 @@
+"""Measure which Hugging Face architectures are one graph, exact and sharded, and write `docs/coverage.md`.
+
+    python benchmarks/coverage.py [--only llama,bert] [--family moe] [--implementations sdpa,eager] [--jobs 2] [--verbose]
+
+Every row of the table is one tiny model (`benchmarks/zoo.py`) with one attention implementation, measured in a process of its own:
+its training loss is computed in float64 on one device and on simulated ranks, and loss and gradients are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.zoo import FAMILIES, ZOO, Entry, Example, NotApplicableError, widen_casts  # noqa: E402
+
+TOLERANCES = {"float64": (1e-10, 1e-9), "float32": (1e-6, 1e-5)}
+"""Relative errors allowed for the loss and for the norm of each gradient, by the narrowest type the model computes in."""
+FLOOR = 1e-6
+"""Errors of gradients are relative to the gradient's norm, or to this share of the model's largest norm if that is more: some
+are zero but for rounding (of the bias of a key projection)."""
+MARK = "coverage row: "
+COMPARED = ("exact", "not exact")
+
+Row = dict[str, Any]
+
+
+# One row, in a process of its own
+
+
+def child(name: str, implementation: str, num_ranks: int, *, as_is: bool) -> None:
+    """Measure one row and print it for the parent process."""
+    import torch
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    if not as_is:
+        widen_casts()
+    entry, start = ZOO[name], time.perf_counter()
+    try:
+        row = compare(entry.build(implementation), num_ranks)
+    except NotApplicableError as error:
+        row = {"status": "not applicable", "reason": str(error)}
+    print(MARK + json.dumps({**row, "seconds": time.perf_counter() - start}))
+
+
+def compare(example: Example, num_ranks: int) -> Row:
+    """Compare a module on simulated ranks with the same module on one device."""
+    import torch
+
+    module = example.module
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    want = module(*example.inputs)
+    want.backward()
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+    for parameter in module.parameters():
+        parameter.grad = None
+    try:
+        losses, by_rank, report, captured = simulate(example, num_ranks)
+    except Exception as error:  # noqa: BLE001 -- whatever it is becomes the row
+        return failure(error)
+
+    loss_error = max(abs(loss.item() - want.item()) / max(abs(want.item()), 1e-300) for loss in losses)
+    floor = FLOOR * max((g.norm().item() for g in gradients.values() if g is not None), default=0.0)
+    errors = {name: max(distance(of_rank[name], gradient, floor) for of_rank in by_rank) for name, gradient in gradients.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    precision = narrowest(captured)
+    loss_limit, limit = TOLERANCES[precision]
+    return {
+        "status": "exact" if loss_error <= loss_limit and errors[worst] <= limit else "not exact",
+        "precision": precision,
+        "loss_error": loss_error,
+        "gradient_error": errors[worst],
+        "worst_parameter": worst,
+        "wrong_parameters": [name for name, error in errors.items() if error > limit],
+        "num_parameters": len(errors),
+        "num_sharded": report.num_local + report.num_reductions,
+        "num_data": report.num_data,
+        "gathered": [fallback(one) for one in report.gathered],
+        "in_full": [fallback(one) for one in report.in_full],
+        "attention": [{"method": call.method, "mask": call.mask, "where": shortened(call.where)} for call in report.attention],
+    }
+
+
+def simulate(example: Example, num_ranks: int) -> tuple[list[Tensor], list[dict[str, Tensor | None]], Any, Any]:
+    """Lower a module and return every rank's loss, every rank's gradients, the report and the captured graph."""
+    import torch
+
+    from lightning_autosp.check import Simulation
+    from lightning_autosp.compiler.report import Report
+    from lightning_autosp.step import mark_sequence
+
+    simulation = Simulation(example.module, num_ranks, sharded=False)
+    mark_sequence(example.inputs, example.sequence_dim)
+    backend = simulation.compiler(Report(), "training_step")
+    loss = torch.compile(example.module, backend=backend, fullgraph=True)(*example.inputs)
+    run = simulation.last
+    assert run is not None
+    losses = run.everywhere(loss)
+    simulation.backward(losses)
+    return losses, simulation.gradients(), run.report, run.step.captured
+
+
+def distance(got: Tensor | None, want: Tensor | None, floor: float) -> float:
+    """Return the norm of a gradient's error, relative to the gradient's or to `floor`; no gradient is a gradient of zero."""
+    if got is None or want is None:
+        there = want if got is None else got
+        return 0.0 if there is None else there.norm().item() / max(floor, 1e-300)
+    error = (got - want).norm().item() / max(want.norm().item(), floor, 1e-300)
+    return error if error == error else float("inf")
+
+
+def narrowest(captured: Any) -> str:
+    """Return "float32" if anything that was computed from a parameter is narrower than float64."""
+    import torch
+
+    trained = set(captured.trainable)
+    for node in captured.graph.nodes:
+        if any(source in trained for source in node.all_input_nodes):
+            trained.add(node)
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+                return "float32"
+    return "float64"
+
+
+def fallback(one: Any) -> dict[str, str]:
+    name = re.sub(r"<built-in function (\w+)>", r"\1", one.name)
+    return {"name": name, "where": shortened(one.where), "source": one.source, "reason": shortened(one.reason)}
+
+
+def shortened(text: str) -> str:
+    """Return a text with paths relative to the packages they are in."""
+    return re.sub(r"[^\s'\"]*/site-packages/", "", text).replace(f"{ROOT}/", "")
+
+
+def failure(error: BaseException) -> Row:
+    """Return the row of a step that was not lowered: its graph is cut, and the strategy would run the pieces, or it is an error."""
+    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+    from lightning_autosp.compiler.scalars import NeedsBreakError
+
+    cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+    cut = isinstance(cause, (NeedsBreakError, TorchDynamoException))
+    text = shortened(str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+
+    def said(heading: str) -> str:
+        return next((line.removeprefix(heading).strip() for line in lines if line.startswith(heading)), "")
+
+    headline = lines[0] if lines else ""
+    if not cut or isinstance(cause, NeedsBreakError):
+        headline = f"{type(cause).__name__}: {shortened(str(cause)).strip().partition(chr(10))[0]}"
+    frames = re.findall(r'File "(transformers/[^"]+)", line (\d+)', text)
+    return {
+        "status": "cut" if cut else "error",
+        "reason": f"{headline} {said('Explanation:')}".strip()[:400],
+        "context": said("Developer debug context:")[:300],
+        "where": ":".join(frames[-1]) if frames else raised_at(cause),
+        "text": text[-6000:],
+    }
+
+
+def raised_at(error: BaseException) -> str:
+    """Return the innermost line of this project that an error came through."""
+    place, frame = "", error.__traceback__
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if "/lightning_autosp/" in file or not place:
+            place = shortened(f"{file}:{frame.tb_lineno}")
+        frame = frame.tb_next
+    return place
+
+
+# All rows
+
+
+def measure(entry: Entry, implementation: str, options: argparse.Namespace) -> Row:
+    """Measure one row in a process of its own."""
+    command = [sys.executable, __file__, "--row", entry.name, implementation, "--num-ranks", str(options.num_ranks)]
+    command += ["--as-is"] if options.as_is else []
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+    start = time.perf_counter()
+    row: Row = {"name": entry.name, "family": entry.family, "implementation": implementation, "note": entry.note}
+    row |= {"status": "error", "where": "", "reason": f"no answer in {options.timeout:g} s"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return {**row, "seconds": options.timeout}
+    answer = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
+    if answer is not None:
+        return row | json.loads(answer.removeprefix(MARK))
+    text = shortened(done.stderr).strip() or f"exit status {done.returncode}"
+    return {**row, "reason": text.splitlines()[-1][:400], "text": text[-6000:], "seconds": time.perf_counter() - start}
+
+
+def unsharded(row: Row) -> bool:
+    """Whether a step was compared of which nothing is sharded."""
+    if row["status"] not in COMPARED:
+        return False
+    return row["num_sharded"] == 0 or any(one["name"] == "the whole step" for one in row["in_full"])
+
+
+def grouped(texts: Iterable[str]) -> list[str]:
+    """Return every text once, with how often it occurs."""
+    return [f"{count} x {text}" if count > 1 else text for text, count in Counter(texts).items()]
+
+
+def details(row: Row) -> list[str]:
+    """Return a line for every operator that is gathered or computed in full."""
+    if row["status"] not in COMPARED:
+        return []
+    if unsharded(row):
+        first = row["in_full"][0] if row["in_full"] else {"where": "", "reason": "nothing in the step has the sequence"}
+        return [f"nothing is sharded, {len(row['in_full'])} in full: {first['reason']} ({first['where']})"]
+    lines = [f"gathered: `{one['name']}` at {one['where']}, {one['reason']}" for one in row["gathered"]]
+    lines += [f"in full: `{one['name']}` at {one['where']}: `{one['source']}`" for one in row["in_full"]]
+    return grouped(lines)
+
+
+def headline(row: Row) -> str:
+    """Return one line for a terminal."""
+    start = f"{row['name']:<32} {row['implementation']:<6} {row['status']:<14}"
+    if row["status"] not in COMPARED:
+        return f"{start} {row['reason'][:150]} {row.get('where', '')}"
+    counts = f"{row['num_sharded']} sharded, {len(row['gathered'])} gathered, {len(row['in_full'])} in full"
+    errors = f"loss {row['loss_error']:.1e}, gradients {row['gradient_error']:.1e} ({row['precision']})"
+    return f"{start} {errors}, {counts}, {len(row['attention'])} attention, {row['seconds']:.0f} s"
+
+
+def fallbacks(rows: list[Row], key: str) -> list[tuple[str, int, int, str]]:
+    """Return `(operator, number of rows, occurrences, rows)`, most rows first."""
+    counts: Counter[str] = Counter()
+    users: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["status"] in COMPARED and not unsharded(row):
+            for one in row[key]:
+                counts[one["name"]] += 1
+                implementations = users[one["name"]][row["name"]]
+                if row["implementation"] not in implementations:
+                    implementations.append(row["implementation"])
+    table = []
+    for name, count in counts.items():
+        where = [model if found == ["none"] else f"{model} {'/'.join(found)}" for model, found in users[name].items()]
+        table.append((name, sum(len(found) for found in users[name].values()), count, ", ".join(where)))
+    return sorted(table, key=lambda one: (-one[1], -one[2], one[0]))
+
+
+# The page
+
+
+def table(head: list[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    def line(cells: Iterable[object]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return [line(head), "|" + " --- |" * len(head), *map(line, rows)]
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Return the table of counts by family."""
+    lines = []
+    for family in (*FAMILIES, "all"):
+        own = [row for row in rows if family in (row["family"], "all")]
+        if not own:
+            continue
+        exact = [row for row in own if row["status"] == "exact"]
+        clean = [row for row in exact if not row["in_full"] and not row["gathered"]]
+        counts = Counter(row["status"] for row in own)
+        lines.append(
+            [family, len({row["name"] for row in own}), len(own), counts["exact"] + counts["not exact"], len(exact), len(clean)]
+            + [sum(map(unsharded, exact)), counts["not exact"], counts["cut"], counts["error"]]
+        )
+    head = ["family", "architectures", "rows", "one graph", "exact", "nothing gathered or in full", "nothing sharded"]
+    return table([*head, "not exact", "graph cut", "error"], lines)
+
+
+def line_of(row: Row) -> list[object]:
+    """Return a row of the table of architectures."""
+    start = [row["name"], row["family"], row["implementation"]]
+    end = [f"{row['seconds']:.0f}", row["note"]]
+    if row["status"] not in COMPARED:
+        return [*start, {"cut": "graph cut", "error": "**error**"}[row["status"]], *[""] * 6, *end]
+    result = "exact" if row["status"] == "exact" else "**not exact**"
+    result += " (float32)" if row["precision"] == "float32" else ""
+    result += ", nothing sharded" if unsharded(row) else ""
+    errors = [f"{row['loss_error']:.0e}", f"{row['gradient_error']:.0e}"]
+    calls = grouped(call["method"] + (f", {call['mask']}" if call["mask"] else "") for call in row["attention"])
+    return [*start, result, *errors, row["num_sharded"], len(row["gathered"]), len(row["in_full"]), "; ".join(calls), *end]
+
+
+def document(rows: list[Row], options: argparse.Namespace) -> str:
+    """Return the page."""
+    import torch
+    import transformers
+
+    (loss, gradient), (narrow_loss, narrow_gradient) = TOLERANCES["float64"], TOLERANCES["float32"]
+    widened = f"""
+Most models cast to float32 in norms, softmax or the loss, whatever their own type, which would hide what these limits are to
+show: while Transformers is imported, `torch.float32` is read as `torch.float64` and `.float()` as `.double()`. Models that
+compute in float32 nevertheless are held to {narrow_loss:g} and {narrow_gradient:g}, and the table says *float32*.
+"""
+    text = f"""# Coverage of Hugging Face architectures
+
+Generated by `python benchmarks/coverage.py` with torch {torch.__version__}, transformers {transformers.__version__} and
+Python {platform.python_version()}, on CPU. Do not edit.
+
+Each row is a tiny model built from a configuration (`benchmarks/zoo.py`: mostly two layers, random weights, nothing
+downloaded), with its training loss and the gradient of every parameter computed on one device and on {options.num_ranks}
+simulated ranks, in float64. It is *exact* if the loss is within {loss:g} relative and the norm of every gradient's error
+within {gradient:g} of the gradient's norm (or of {FLOOR:g} of the model's largest, where that is more: some gradients are
+zero but for rounding).
+{"" if options.as_is else widened}
+*Sharded* counts operators that run on a rank's part of the sequence, *gathered* values that are made whole for an operator
+that wants them so, *in full* operators that every rank runs on the whole sequence. A graph that is *cut* cannot be captured
+whole: the strategy runs it in pieces, which is not measured here. In an *error* row the compiler itself fails. Attention
+implementations that an architecture does not have are left out; *none* is a model without attention.
+
+## Summary
+"""
+    head = ["architecture", "family", "attention", "result", "loss error", "worst gradient error", "sharded", "gathered", "in full"]
+    head += ["attention calls and what became of their masks", "s", "note"]
+    lines = [text, *summary(rows), "", "## Architectures", "", *table(head, map(line_of, rows)), ""]
+    failed = [row for row in rows if row["status"] not in COMPARED]
+    if failed:
+        lines += ["## Not one graph", ""]
+        lines += [f"- {row['name']}, {row['implementation']} ({row['status']}): {row['reason']} ({row['where']})" for row in failed]
+        lines += [""]
+    for key, title in (("in_full", "In full, by operator"), ("gathered", "Gathered, by operator")):
+        counts = fallbacks(rows, key)
+        if counts:
+            lines += [f"## {title}", "", "Without the rows of which nothing is sharded.", ""]
+            lines += [*table(["operator", "rows", "occurrences", "where"], ((f"`{one[0]}`", *one[1:]) for one in counts)), ""]
+    lines += ["## What is gathered or in full, by model", ""]
+    for row in rows:
+        own = details(row)
+        if own:
+            lines += [f"### {row['name']}, {row['implementation']}", "", *(f"- {line}" for line in own), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="names of architectures, with commas between them")
+    parser.add_argument("--family", default="", help=f"families, with commas between them: {', '.join(FAMILIES)}")
+    parser.add_argument("--implementations", default="sdpa,eager,none", help="of attention; none: models without attention")
+    parser.add_argument("--num-ranks", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="rows measured at once")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds a row may take")
+    parser.add_argument("--as-is", action="store_true", help="leave the models' casts to float32 as they are")
+    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    parser.add_argument("--update", action="store_true", help="keep the rows in the file of --json that are not measured now")
+    parser.add_argument("--markdown", type=Path, help="where to write the page; by default docs/coverage.md, if no row is missing")
+    parser.add_argument("--verbose", action="store_true", help="list what is gathered or in full, with its line")
+    parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    if options.row:
+        child(*options.row, options.num_ranks, as_is=options.as_is)
+        return 0
+    only, families = ({part for part in text.split(",") if part} for text in (options.only, options.family))
+    unknown = (only - ZOO.keys()) | (families - set(FAMILIES))
+    if unknown:
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}. Architectures: {', '.join(ZOO)}. Families: {', '.join(FAMILIES)}")
+    everything = [(entry.name, implementation) for entry in ZOO.values() for implementation in entry.implementations]
+    chosen = [
+        (ZOO[name], implementation)
+        for name, implementation in everything
+        if name in (only or ZOO)
+        and ZOO[name].family in (families or FAMILIES)
+        and implementation in options.implementations.split(",")
+    ]
+    rows: dict[tuple[str, str], Row] = {}
+    if options.update and options.json and options.json.exists():
+        rows = {(row["name"], row["implementation"]): row for row in json.loads(options.json.read_text())}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(lambda one: measure(*one, options), chosen):
+            rows[row["name"], row["implementation"]] = row
+            print(headline(row), flush=True)
+            if options.verbose:
+                print("".join(f"    {line}\n" for line in details(row)), end="", flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(list(rows.values()), indent=1))
+    complete = all(key in rows for key in everything)
+    ordered = [rows[key] for key in everything if key in rows and rows[key]["status"] != "not applicable"]
+    print("\n".join(summary(ordered)))
+    page = options.markdown or (ROOT / "docs" / "coverage.md" if complete else None)
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(document(ordered, options))
+        print(f"wrote {page}")
+    return int(any(row["status"] in ("not exact", "error") for row in ordered))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""`python -m lightning_autosp check TARGET`: the package's commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from lightning_autosp.check import CheckError, check_target
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        argv: Without the program's name. Default: the process's arguments.
+    """
+    parser = argparse.ArgumentParser(prog="python -m lightning_autosp", description="Sequence parallelism for Lightning.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_check(commands)
+    arguments = vars(parser.parse_args(argv))
+    return arguments.pop("run")(**arguments)
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="compare a module's step on simulated ranks with one device",
+        description="Compare a module's step, lowered on simulated ranks, with one device: outputs, logged values, gradients, and "
+        "what changes when a token does. Exit codes: 0 equal, 1 different, 2 could not be checked.",
+    )
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help="package.module:Name or path/to/file.py:Name (a module class, or a function that returns a module), or a LightningCLI "
+        "configuration (file.yaml)",
+    )
+    parser.add_argument("--ranks", dest="num_ranks", type=int, metavar="P", help="ranks that share the sequence (default: 2)")
+    parser.add_argument("--length", type=int, metavar="N", help="use the first N positions of the batch's sequences")
+    parser.add_argument("--step", metavar="METHOD", help="the method to compare (default: training_step, else the call itself)")
+    parser.add_argument("--config", metavar="FILE", help="LightningCLI configuration with the arguments of the classes named")
+    parser.add_argument(
+        "--batch", metavar="NAME", help="where the batch is from: a function or LightningDataModule, named like TARGET"
+    )
+    parser.add_argument(
+        "--sequence-dim", type=int, metavar="D", help="the dimension of batch tensors that is the sequence (default: 1)"
+    )
+    parser.add_argument("--rtol", type=float, help="what relative norms may differ by (default: by precision)")
+    parser.add_argument("--strict", action="store_true", help="count what runs in full, and a step in pieces, as differences")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=_check)
+
+
+def _check(*, as_json: bool, **options: object) -> int:
+    try:
+        result = check_target(**options)  # type: ignore[arg-type]
+    except CheckError as error:
+        if as_json:
+            print(json.dumps({"ok": False, "exit_code": 2, "error": str(error)}))  # noqa: T201
+        else:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    print(json.dumps(result.to_dict(), indent=2) if as_json else result)  # noqa: T201
+    return result.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
