@@ -51,6 +51,14 @@ class Captured:
         return as_expr(value, self.replacements)
 
 
+def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """`aten.copy`, which `copy_` becomes, has no derivative of its own."""
+    return source.to(destination.device, destination.dtype, non_blocking).expand(destination.shape)
+
+
+_DECOMPOSITIONS = {torch.ops.aten.copy.default: _copy}
+
+
 def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
     """Normalise a Dynamo graph.
 
@@ -83,7 +91,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
         return outputs, updates
 
     with fake_mode, fx_traceback.preserve_node_meta():
-        traced = _compat.make_fx(run, pre_dispatch=True, tracing_mode="real")(*values)
+        traced = _compat.make_fx(run, _DECOMPOSITIONS, pre_dispatch=True, tracing_mode="real")(*values)
     keep_numbers_as_tensors(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     replacements = _compat.shape_replacements(fake_mode)
