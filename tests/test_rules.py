@@ -172,7 +172,6 @@ WHOLE: dict[str, Callable[..., Any]] = {
         F.batch_norm((x + n.positions[: x.shape[1]]).transpose(1, 2), None, None, training=True).pow(3).sum()
     ),
     "std": lambda n, x, i: x.std(1).sum(),
-    "convolution": lambda n, x, i: F.conv1d(x.transpose(1, 2), n.positions[:24].reshape(8, 8, 3), padding=1).square().mean(),
     "split_sequence": lambda n, x, i: x.chunk(2, 1)[0].square().sum(),
     "weights_by_position": lambda n, x, i: (n.positions[i.cumsum(1) % 60] * x).sum(),
 }

@@ -249,6 +249,6 @@ def _worthwhile(facts: Facts, node: fx.Node, sharding: Sharding, forms: set[Form
     """Whether to compute from parts. Data that met no parameter is cheaper whole when anybody wants it whole."""
     if node in facts.trained:
         return True
-    if isinstance(sharding.output, tuple) or sharding.output is None:
+    if isinstance(sharding.output, tuple) or sharding.output is None or sharding.kind == "exchange":
         return False
     return forms == {sharding.output}

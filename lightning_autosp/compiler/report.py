@@ -121,7 +121,7 @@ class StepReport:
             if sharding is not None:
                 if sharding.kind == "attention":
                     entry.attention.append(_attention(node, sharding, emitter))
-                elif sharding.kind == "local":
+                elif sharding.kind in ("local", "exchange"):
                     entry.num_local += 1
                 else:
                     entry.num_reductions += 1

@@ -18,7 +18,8 @@ from lightning_autosp.compiler.layout import Layout, Span, layout_of_shape, span
 
 __all__ = ["Facts", "Rule", "Sharding", "bound", "tensor_inputs"]
 
-Kind = Literal["local", "reduction", "loss", "attention"]
+Kind = Literal["local", "exchange", "reduction", "loss", "attention"]
+"""`exchange`: local, but for positions or totals that ranks give each other first."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,11 @@ class Facts:
         return layout_of_shape(tuple(shape), self.symbols)
 
     def span_of(self, size: sympy.Expr) -> Span | None:
-        """Return the span of a dimension that is a sequence, from base position 0."""
-        return span_of(size) if size.free_symbols & self.symbols else None
+        """Return the span of a dimension that is a sequence: from base position 0, or a base of its own if that is too short."""
+        if not size.free_symbols & self.symbols:
+            return None
+        span = span_of(size)
+        return Span(size) if span in self.too_short else span
 
     def reference(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, Layout] | None:
         """Return the input whose layout decides: a trained one before data, one cut along a sequence before others."""

@@ -1,4 +1,4 @@
-"""Views that merge, split or repeat dimensions, operators that return slices of one tensor, and convolutions of samples."""
+"""Views that merge, split or repeat dimensions, and operators that return slices of one tensor."""
 
 from __future__ import annotations
 
@@ -86,20 +86,6 @@ def pieces(facts: Facts, node: fx.Node) -> Sharding | None:
     return Sharding({source: layout}, (out,) * len(node.meta["val"]))
 
 
-def per_sample(facts: Facts, node: fx.Node) -> Sharding | None:
-    """Convolutions treat dimension 0 as samples; along any other, neighbours meet.
-
-    DTensor is not asked: it exchanges borders itself, out of sight of what counts its communication.
-    """
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    layout = facts.layout(source)
-    if layout is None or layout.dim != 0 or len(facts.shape(source)) != len(facts.shape(node)):
-        return None
-    unbatched = node.args[1].meta["val"].ndim > len(facts.shape(source))  # type: ignore[union-attr]
-    return None if unbatched else Sharding({source: layout}, layout)
-
-
 RULES: dict[Any, Rule] = {
     aten.view.default: view,
     aten.reshape.default: view,
@@ -117,19 +103,4 @@ RULES: dict[Any, Rule] = {
     aten.tensor_split.sections: pieces,
     aten.tensor_split.indices: pieces,
     aten.unbind.int: pieces,
-    **dict.fromkeys(
-        [
-            aten.conv1d.default,
-            aten.conv1d.padding,
-            aten.conv2d.default,
-            aten.conv2d.padding,
-            aten.conv3d.default,
-            aten.conv3d.padding,
-            aten.conv_transpose1d.default,
-            aten.conv_transpose2d.input,
-            aten.conv_transpose3d.input,
-            aten.convolution.default,
-        ],
-        per_sample,
-    ),
 }

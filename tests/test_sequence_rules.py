@@ -1,0 +1,120 @@
+"""Operators that mix positions of the sequence: they stay sharded, are exact on any number of ranks, and refuse the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from simulated import lower
+from test_rules import B, D, Net, V, check, ids_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SPANS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "whole": lambda n, x: x,
+    "first_dropped": lambda n, x: x[:, 1:],
+    "last_dropped": lambda n, x: x[:, :-1],
+    "prepended": lambda n, x: torch.cat([n.token.expand(B, 2, D), x], 1),
+}
+"""What a sequence may be before it comes to an operator."""
+
+RUNS = [(2, "whole", 13), (3, "first_dropped", 14), (4, "last_dropped", 19), (3, "prepended", 11)]
+
+
+def check_sharded(function: Callable[[Net, Tensor], Tensor], ranks: int, span: str, length: int, **parts: nn.Module) -> Any:
+    """Check that a function `(B, s, D) -> (B, positions, ...)`, weighted by position, is exact and that nothing is made whole."""
+
+    def body(net: Net, x: Tensor, ids: Tensor) -> Tensor:
+        y = function(net, SPANS[span](net, x)).flatten(2)
+        return (y * (torch.arange(y.shape[1]).unsqueeze(-1) * 0.1 + 1)).square().mean()
+
+    report = check(body, length, num_ranks=ranks, parts=parts).report
+    assert not report.in_full, report.in_full
+    assert not report.gathered, report.gathered
+    return report
+
+
+WINDOWS: dict[str, Callable[[], nn.Module]] = {
+    "centred": lambda: nn.Conv1d(D, 6, 3, padding=1),
+    "no_padding": lambda: nn.Conv1d(D, 6, 4),
+    "dilated": lambda: nn.Conv1d(D, 6, 3, padding=2, dilation=2),
+    "depthwise": lambda: nn.Conv1d(D, D, 4, padding=3, groups=D),
+    "same_even": lambda: nn.Conv1d(D, 6, 4, padding="same"),
+    "valid": lambda: nn.Conv1d(D, 6, 2, padding="valid", bias=False),
+    "longer_than_a_part": lambda: nn.Conv1d(D, 6, 9, padding=8),
+    "strided": lambda: nn.Conv1d(D, 6, 3, padding=1, stride=2),
+    "patches": lambda: nn.Conv1d(D, 6, 2, stride=2),
+    "stride_beyond_kernel": lambda: nn.Conv1d(D, 6, 2, padding=1, stride=3),
+    "causal_by_cut": lambda: Causal(),
+    "transposed": lambda: nn.ConvTranspose1d(D, 6, 3),
+    "transposed_strided": lambda: nn.ConvTranspose1d(D, 6, 4, stride=2, padding=1),
+    "transposed_with_gaps": lambda: nn.ConvTranspose1d(D, 6, 2, stride=3, output_padding=1),
+    "transposed_dilated": lambda: nn.ConvTranspose1d(D, 6, 3, stride=2, padding=2, output_padding=1, dilation=2),
+    "average_pool": lambda: nn.AvgPool1d(3, stride=1, padding=1),
+    "average_pool_strided": lambda: nn.AvgPool1d(3),
+    "average_pool_real_positions": lambda: nn.AvgPool1d(4, stride=2, count_include_pad=False),
+    "max_pool": lambda: nn.MaxPool2d((1, 3), stride=1, padding=(0, 1)),
+    "max_pool_strided": lambda: nn.MaxPool2d(3, stride=2, padding=1),
+    "max_pool_dilated": lambda: nn.MaxPool2d((1, 3), stride=1, dilation=2),
+    "images": lambda: nn.Conv2d(B, 3, 3, padding=1, stride=(2, 1)),
+    "images_same": lambda: nn.Conv2d(B, 3, (3, 4), padding="same"),
+    "mean_of_all": lambda: nn.AdaptiveAvgPool1d(1),
+    "windows": lambda: Sliding(),
+}
+
+
+class Causal(nn.Module):
+    """As state-space models write it: padded on both sides, then cut to the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv1d(D, D, 4, padding=3, groups=D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.inner(x)[..., : x.shape[-1]]) * x
+
+
+class Sliding(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unfold(-1, 4, 2) * torch.arange(1, 5)).sum(-1)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize(("ranks", "span", "length"), RUNS)
+def test_windows_fetch_their_halo(name: str, ranks: int, span: str, length: int) -> None:
+    check_sharded(lambda n, x: n.part(x.transpose(1, 2)).transpose(1, 2), ranks, span, length, part=WINDOWS[name]())
+
+
+@pytest.mark.parametrize("name", ["centred", "longer_than_a_part"])
+def test_windows_see_what_one_device_sees(name: str) -> None:
+    """Cross-shard probe: one token on either side of a cut changes the same outputs as on one device."""
+    net = Net(lambda n, x, i: (x.sum(), n.part(x.transpose(1, 2)).transpose(1, 2)), part=WINDOWS[name]())
+    check_probe(net, length=14, tokens=(6, 7))
+
+
+def check_probe(net: Net, length: int, tokens: tuple[int, ...]) -> None:
+    """Change tokens one by one and compare which positions of the second output change, on two ranks and on one device."""
+    ids = ids_of(length)
+    for token in tokens:
+        other = ids.clone()
+        other[:, token] = (other[:, token] + 1) % V
+        before, behind = (lower(net, (one,), net, backward=False).outputs[1][1] for one in (ids, other))
+        changed = (before != behind).any(-1).any(0)
+        assert torch.equal(changed, (net(ids)[1] != net(other)[1]).any(-1).any(0))
+        assert changed.any()
+        assert not changed.all()
+
+
+REFUSED: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "kernel_of_the_sequence": lambda n, x: F.conv1d(x.transpose(1, 2)[:1], x.transpose(1, 2)[:, :, 1:]),
+    "pool_rounded_up": lambda n, x: F.avg_pool1d(x[..., :1].transpose(1, 2), 4, ceil_mode=True).transpose(1, 2),
+    "pool_real_positions": lambda n, x: F.avg_pool1d(x[..., :1].transpose(1, 2), 3, padding=1, count_include_pad=False),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_and_is_exact_in_full(name: str) -> None:
+    report = check(lambda n, x, i: REFUSED[name](n, x).square().sum(), 13, num_ranks=3).report
+    assert report.in_full
