@@ -20,7 +20,8 @@ SPANS: dict[str, Callable[[Net, Tensor], Tensor]] = {
 }
 """What a sequence may be before it comes to an operator."""
 
-RUNS = [(2, "whole", 13), (3, "first_dropped", 14), (4, "last_dropped", 19), (3, "prepended", 11)]
+RUNS = [(2, "last_dropped", 14), (3, "first_dropped", 13), (4, "prepended", 17)]
+"""Ranks, what became of the sequence before, and its length."""
 
 
 def check_sharded(function: Callable[[Net, Tensor], Tensor], ranks: int, span: str, length: int, **parts: nn.Module) -> Any:
@@ -105,6 +106,65 @@ def check_probe(net: Net, length: int, tokens: tuple[int, ...]) -> None:
         assert torch.equal(changed, (net(ids)[1] != net(other)[1]).any(-1).any(0))
         assert changed.any()
         assert not changed.all()
+
+
+POSITIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "roll": lambda n, x: x.roll(1, 1) * x,
+    "roll_back_and_features": lambda n, x: x.roll((-3, 2), (1, 2)) * x,
+    "roll_by_half": lambda n, x: x.roll(x.shape[1] // 2, 1) * x,
+    "flip": lambda n, x: n.head(x.flip(1)) * n.head(x),
+    "flip_both": lambda n, x: x.flip(1, 2),
+    "every_second": lambda n, x: n.head(x[:, ::2]),
+    "every_third_but_ends": lambda n, x: x[:, 1:-1:3].tanh(),
+    "half": lambda n, x: x[:, : x.shape[1] // 2].square(),
+    "second_half": lambda n, x: x[:, x.shape[1] // 2 :] * 2,
+    "more_than_a_part_dropped": lambda n, x: x[:, 8:].square(),
+    "middle_position": lambda n, x: x * x[:, x.shape[1] // 2].unsqueeze(1),
+    "third_from_the_end": lambda n, x: x * x[:, -3].unsqueeze(1),
+    "two_from_the_middle": lambda n, x: x * x[:, x.shape[1] // 3 : x.shape[1] // 3 + 2].sum(1, keepdim=True),
+    "narrow": lambda n, x: x.narrow(1, 2, 3).sum(1, keepdim=True) * x,
+    "chunk": lambda n, x: x.chunk(3, 1)[0].exp() + x.chunk(3, 1)[1],
+    "split": lambda n, x: torch.mul(*x.split([3, x.shape[1] - 3], 1)[::-1][:1], n.head(x[:, 3:])[..., :D]),
+    "split_fixed_piece": lambda n, x: x * x.split([2, x.shape[1] - 2], 1)[0].sum(1, keepdim=True),
+    "two_sequences": lambda n, x: n.head(torch.cat([x, n.token.expand(B, 3, D), x.sin()[:, 2:]], 1)),
+    "one_twice": lambda n, x: torch.cat([x, x], 1).cos(),
+    "interleaved": lambda n, x: torch.stack([x, x.square()], 2).flatten(1, 2)[:, 1:],
+    "repeat": lambda n, x: n.head(x.repeat(1, 2, 1)),
+    "tile": lambda n, x: x.tile(2, 2).sin(),
+    "repeat_interleave": lambda n, x: n.head(x.repeat_interleave(3, 1)),
+    "repeat_interleave_then_cut": lambda n, x: x.repeat_interleave(2, 1)[:, 3:-2].flip(1),
+    "reflected": lambda n, x: F.pad(x.transpose(1, 2), (3, 2), mode="reflect").transpose(1, 2),
+    "replicated": lambda n, x: F.pad(x.transpose(1, 2), (3, 1), mode="replicate").transpose(1, 2),
+    "wrapped": lambda n, x: F.pad(x.transpose(1, 2), (1, 4), mode="circular").transpose(1, 2),
+    "wrapped_in_two_dimensions": lambda n, x: F.pad(x.transpose(1, 2), (2, 1, 3, 0), mode="circular").transpose(1, 2),
+    "padded_to_a_multiple": lambda n, x: F.pad(x, (0, 0, 0, -x.shape[1] % 4), value=2.0),
+    "padded_by_more_than_a_part": lambda n, x: F.pad(x, (1, 0, 9, 0)),
+    "cropped_by_more_than_a_part": lambda n, x: F.pad(x, (0, 0, -8, 1)),
+    "chunks_and_back": lambda n, x: in_chunks(x, 2),
+    "first_overwritten": lambda n, x: overwritten(x, slice(0, 1), n.token * 2),
+    "one_overwritten": lambda n, x: overwritten(x, -5, n.token[0]),
+    "many_overwritten": lambda n, x: overwritten(x, slice(4, None), x[:, 2:-2].square()),
+    "few_scaled": lambda n, x: overwritten(x, slice(5, 9), x[:, 5:9] * 2),
+}
+
+
+def in_chunks(x: Tensor, size: int) -> Tensor:
+    """Softmax within chunks, as chunked linear attention pads, splits and joins."""
+    length = x.shape[1]
+    chunks = F.pad(x, (0, 0, 0, -length % size)).view(B, -1, size, D)
+    return chunks.softmax(2).reshape(B, -1, D)[:, :length] * x
+
+
+def overwritten(x: Tensor, where: Any, new: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, where] = new
+    return y
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize(("ranks", "span", "length"), RUNS)
+def test_positions_are_fetched(name: str, ranks: int, span: str, length: int) -> None:
+    check_sharded(POSITIONS[name], ranks, span, length)
 
 
 REFUSED: dict[str, Callable[[Net, Tensor], Tensor]] = {

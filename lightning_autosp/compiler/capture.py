@@ -7,7 +7,7 @@ functional, `no_grad` and autocast regions stay where they were, and every node 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,7 @@ class Captured:
     placeholders: list[fx.Node]
     symbols: frozenset[sympy.Symbol]
     """The sequence symbols, in canonical form."""
-    replacements: dict[sympy.Symbol, sympy.Expr]
+    replacements: dict[sympy.Expr, sympy.Expr]
     parameters: dict[fx.Node, str]
     """Placeholders that are parameters, with their fully qualified names."""
     trainable: set[fx.Node]
@@ -94,7 +94,8 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
         traced = _compat.make_fx(run, _DECOMPOSITIONS, pre_dispatch=True, tracing_mode="real")(*values)
     keep_numbers_as_tensors(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    replacements = _compat.shape_replacements(fake_mode)
+    replacements = dict(_compat.shape_replacements(fake_mode))
+    replacements |= _sizes_said(traced.graph, replacements)
 
     symbols: set[sympy.Symbol] = set()
     for value, example in zip(values, examples, strict=True):
@@ -119,6 +120,20 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
         trainable=trainable | set(parameters),
         mutated=[placeholders[index] for index in mutated],
     )
+
+
+def _sizes_said(graph: fx.Graph, replacements: Mapping[sympy.Expr, sympy.Expr]) -> dict[sympy.Expr, sympy.Expr]:
+    """Return the numbers that views were given for sizes which PyTorch only knows as quotients of others.
+
+    `x.view(B, -1, 4, D)` of `s` positions has `s // (s // 4)` for the 4, which looks like one more sequence.
+    """
+    said: dict[sympy.Expr, sympy.Expr] = {}
+    for node in graph.nodes:
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten.reshape.default):
+            for size, number in zip(node.meta["val"].shape, node.args[1], strict=True):
+                if isinstance(number, int) and number >= 0 and isinstance(size, torch.SymInt):
+                    said[as_expr(size, replacements)] = said[size.node.expr] = sympy.Integer(number)
+    return said
 
 
 def is_size(node: fx.Node) -> bool:

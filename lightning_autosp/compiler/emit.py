@@ -144,6 +144,11 @@ class Emitter:
         """Return every rank's `(start, stop)` positions."""
         return tuple(layout.span.bounds(self.integer(layout.span.base), self.group.size))
 
+    def cuts(self, layout: Layout) -> tuple[tuple[int, int], ...]:
+        """Return every rank's `(start, stop)` in a dimension that later dimensions may have been merged into."""
+        inner = self.integer(layout.inner)
+        return tuple((start * inner, stop * inner) for start, stop in self.bounds(layout))
+
     def lengths(self, layout: Layout) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in self.bounds(layout))
 
@@ -271,14 +276,10 @@ class Emitter:
         if have.dim != want.dim:
             cuts = [(x.dim, self.integer(x.outer), self.integer(x.inner), self.bounds(x)) for x in (have, want)]
             return self.call(exchange_dims, (value, *cuts, self.group))
-        units = [
-            tuple((start * self.integer(x.inner), stop * self.integer(x.inner)) for start, stop in self.bounds(x))
-            for x in (have, want)
-        ]
-        if units[0] == units[1]:
+        if self.cuts(have) == self.cuts(want):
             return value
-        wanted = tuple(((start, stop, 1),) for start, stop in units[1])
-        return self.call(fetch_layout, (value, have.dim, self.integer(have.outer), units[0], wanted, self.group))
+        wanted = tuple(((start, stop, 1),) for start, stop in self.cuts(want))
+        return self.call(fetch_layout, (value, have.dim, self.integer(have.outer), self.cuts(have), wanted, self.group))
 
     def _map(self, value: Any, needs: Mapping[fx.Node, Layout]) -> Any:
         def one(node: fx.Node) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-__all__ = ["Layout", "ShardTooShortError", "Span", "as_expr", "base_cuts", "layout_of_shape", "span_of"]
+__all__ = ["ONE", "Layout", "ShardTooShortError", "Span", "as_expr", "base_cuts", "layout_of_shape", "span_of"]
 
 ONE = sympy.Integer(1)
 
@@ -101,7 +101,7 @@ def base_cuts(base_length: int, num_ranks: int) -> list[int]:
 
 def as_expr(
     size: int | torch.SymInt | torch.SymFloat | torch.SymBool | sympy.Expr,
-    replacements: Mapping[sympy.Symbol, sympy.Expr] | None = None,
+    replacements: Mapping[sympy.Expr, sympy.Expr] | None = None,
 ) -> sympy.Expr:
     """Return a size or scalar as an expanded sympy expression in the canonical symbols."""
     expr = size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.sympify(size)

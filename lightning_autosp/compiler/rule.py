@@ -124,6 +124,11 @@ class Facts:
         span = span_of(size)
         return Span(size) if span in self.too_short else span
 
+    def resized(self, layout: Layout, size: sympy.Expr) -> Layout | None:
+        """Return how to cut a result of `size` positions: like its source if that has as many; `None` if that is no sequence."""
+        span = self.span_of(size)
+        return layout if size == layout.size else None if span is None else Layout(layout.dim, span)
+
     def reference(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, Layout] | None:
         """Return the input whose layout decides: a trained one before data, one cut along a sequence before others."""
         candidates = [(node, layout) for node in nodes if (layout := self.layout(node)) is not None]

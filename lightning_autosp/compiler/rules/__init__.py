@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding
-from lightning_autosp.compiler.rules import attention, factories, indexing, loss, random, reductions, views, windows
+from lightning_autosp.compiler.rules import attention, factories, indexing, loss, positions, random, reductions, views, windows
 from lightning_autosp.compiler.rules.generic import generic
 
 __all__ = ["find"]
@@ -24,6 +24,7 @@ _families: dict[Any, Rule] = {
     **loss.RULES,
     **attention.RULES,
     **random.RULES,
+    **positions.RULES,
     **windows.RULES,
 }
 

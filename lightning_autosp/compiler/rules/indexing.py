@@ -1,6 +1,7 @@
 """Slicing, picking, padding and concatenating along the sequence.
 
-Dropping or adding positions at either end keeps every other position where it is: only the first or last rank acts.
+Dropping or adding positions at either end keeps every other position where it is: only the first or last rank acts. Anything else
+is fetched (`positions.py`).
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from lightning_autosp import collectives
 from lightning_autosp.compiler.emit import Emitter
-from lightning_autosp.compiler.layout import Layout
+from lightning_autosp.compiler.layout import ONE, Layout
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound, tensor_inputs
 from lightning_autosp.compiler.rules.generic import ask_pytorch
+from lightning_autosp.compiler.rules.positions import choose, join, pad_by_copies
+from lightning_autosp.compiler.rules.windows import fetch_window
 
 __all__ = ["RULES"]
 
@@ -23,35 +26,36 @@ aten = torch.ops.aten
 
 
 def slice_(facts: Facts, node: fx.Node) -> Sharding | None:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    layout = facts.layout(source)
+    """Positions dropped at either end leave the others where they are; any other positions are fetched."""
     given = bound(node)
-    dim = given["dim"] % len(facts.shape(source))
+    source = given["self"]
+    layout, dim = facts.layout(source), given["dim"] % len(facts.shape(source))
     if layout is None or dim != layout.dim:
         return ask_pytorch(facts, node)
-    if given["step"] != 1 or layout.merged:
+    size = facts.shape(node)[dim]
+
+    def positions(em: Emitter) -> list[range]:
+        return [range(em.integer(layout.size))[em.value(given["start"]) : em.value(given["end"]) : em.value(given["step"])]]
+
+    return _without_ends(facts, source, layout, given, size) or choose(facts, node, layout, size, positions)
+
+
+def _without_ends(facts: Facts, source: fx.Node, layout: Layout, given: dict[str, Any], size: sympy.Expr) -> Sharding | None:
+    start, span = facts.expr(given["start"] or 0), facts.span_of(size)
+    if layout.merged or given["step"] != 1 or span is None or span.base != layout.span.base or not start.is_Integer or start < 0:
         return None
-    size, start = facts.shape(node)[dim], _position(facts, given["start"] or 0, layout)
-    if start is None:
-        return None
-    if not size.free_symbols:  # a few positions at a known end: every rank gets them
-        return _take(facts, node, source, layout, start, int(size))
-    span = facts.span_of(size)
-    if span is None or span.base != layout.span.base or start < 0:
-        return None
-    begin = layout.span.begin + start
+    begin = layout.span.begin + int(start)
     end = span.end - span.begin + begin
-    if end > layout.span.end:
-        return None
     out = layout.over(replace(layout.span, begin=begin, end=end))
+    if end > layout.span.end or out.span in facts.too_short:
+        return None
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
         value = em.get(source, layout)
-        first = start if em.group.rank == 0 else 0
+        first = int(start) if em.group.rank == 0 else 0
         if em.local_length(layout) == em.local_length(out):
             return value
-        return em.call(aten.slice.Tensor, (value, dim, first, first + em.local_length(out)))
+        return em.call(aten.slice.Tensor, (value, layout.dim, first, first + em.local_length(out)))
 
     return Sharding({source: layout}, out, emit)
 
@@ -63,67 +67,15 @@ def select(facts: Facts, node: fx.Node) -> Sharding | None:
     layout = facts.layout(source)
     if layout is None or dim % len(facts.shape(source)) != layout.dim:  # type: ignore[operator]
         return ask_pytorch(facts, node)
-    position = _position(facts, index, layout)
-    if layout.merged or position is None:
-        return None
-    return _take(facts, node, source, layout, position, None)
 
+    def positions(em: Emitter) -> list[range]:
+        position = range(em.integer(layout.size))[em.value(index)]
+        return [range(position, position + 1)]
 
-def _position(facts: Facts, index: Any, layout: Layout) -> int | None:
-    """Return a constant position: counted from the first if >= 0, from behind the last if negative."""
-    expr = facts.expr(index)
-    from_end = expr - layout.span.length
-    return int(expr) if expr.is_Integer else int(from_end) if from_end.is_Integer and from_end < 0 else None
+    def then(em: Emitter, value: fx.Node) -> fx.Node:
+        return em.call(aten.squeeze.dim, (value, layout.dim))
 
-
-def _take(facts: Facts, node: fx.Node, source: fx.Node, layout: Layout, start: int, length: int | None) -> Sharding | None:
-    """Give positions `[start, start + length)` to every rank (`None`: one position, its dimension dropped)."""
-    if facts.has_sequence(node):
-        return None
-
-    def emit(em: Emitter, n: fx.Node) -> fx.Node:
-        first = start if start >= 0 else em.size(layout) + start
-        return em.call(
-            take_positions,
-            (em.get(source, layout), layout.dim, first, 1 if length is None else length, em.bounds(layout), em.group),
-            {"drop": length is None},
-        )
-
-    return Sharding({source: layout}, None, emit, kind="reduction", note="positions given to all ranks")
-
-
-def take_positions(
-    x: torch.Tensor,
-    dim: int,
-    start: int,
-    length: int,
-    bounds: tuple[tuple[int, int], ...],
-    group: collectives.Group,
-    *,
-    drop: bool = False,
-) -> torch.Tensor:
-    """Return global positions `[start, start + length)` of a sharded tensor on every rank.
-
-    Args:
-        x: This rank's part, positions `bounds[group.rank]` along `dim`.
-        dim: The sequence dimension.
-        start: First position.
-        length: Number of positions.
-        bounds: Every rank's `(start, stop)`.
-        group: The sequence group.
-        drop: Whether to drop `dim` (then `length == 1`).
-    """
-    low, high = bounds[group.rank]
-    first, last = max(low, start), min(high, start + length)
-    if first < last:
-        mine = x.narrow(dim, first - low, last - first)
-        before, behind = first - start, start + length - last
-    else:
-        mine, before, behind = x.narrow(dim, 0, 0), length, 0
-    mine = torch.nn.functional.pad(mine, [0, 0] * (x.ndim - 1 - dim) + [before, behind])
-    dtype = mine.dtype
-    whole = collectives.all_reduce_sum(mine.int() if dtype is torch.bool else mine, group).to(dtype)
-    return whole.squeeze(dim) if drop else whole
+    return choose(facts, node, layout, ONE, positions, then)
 
 
 def cat(facts: Facts, node: fx.Node) -> Sharding | None:
@@ -151,10 +103,12 @@ def cat(facts: Facts, node: fx.Node) -> Sharding | None:
 
     others = [piece for piece in pieces if piece is not main]
     if layout.merged or pieces.count(main) != 1 or any(facts.shape(piece)[dim].free_symbols for piece in others):
-        return None
+        return join(facts, node, pieces, dim)
     place = pieces.index(main)
     added = [int(facts.shape(piece)[dim]) for piece in pieces if piece is not main]
     out = _grown(layout, sum(added[:place]), sum(added[place:]))
+    if out.span in facts.too_short:
+        return join(facts, node, pieces, dim)
 
     def emit_ends(em: Emitter, n: fx.Node) -> fx.Node:
         # Ranks that own none of an added piece take zero positions of it: its gradient is then zero there, not absent, and every
@@ -181,29 +135,50 @@ def _is_empty_vector(facts: Facts, node: fx.Node) -> bool:
 
 
 def pad(facts: Facts, node: fx.Node) -> Sharding | None:
-    """Constant padding: at the ends of the sequence only the first and the last rank pad."""
+    """Constant padding: a few positions at the ends of the sequence are the first and the last rank's; others move the cuts."""
     source: Any = node.args[0]
     amounts: Any = node.args[1]
     layout = facts.layout(source)
-    if layout is None or not all(isinstance(amount, int) for amount in amounts):
+    if layout is None:
         return None
     if node.target is aten.pad.default and bound(node)["mode"] != "constant":
-        return None
+        return pad_by_copies(facts, node)
     slot = 2 * (len(facts.shape(source)) - 1 - layout.dim)
     before, behind = (amounts[slot], amounts[slot + 1]) if slot < len(amounts) else (0, 0)
-    if layout.merged and (before or behind):
-        return None
+    if not isinstance(before, int) or not isinstance(behind, int):
+        return _pad_anew(facts, node, layout, slot)
     out = _grown(layout, before, behind)
+    if (layout.merged and out != layout) or out.span in facts.too_short:
+        return _pad_anew(facts, node, layout, slot)
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
-        local = list(amounts)
+        local = em.value(amounts)
         if slot < len(amounts):
+            local = list(local)
             local[slot] = before if em.group.rank == 0 else 0
             local[slot + 1] = behind if em.group.rank == em.group.size - 1 else 0
         args, kwargs = em.arguments(n, {source: layout})
         return em.call(n.target, (args[0], local, *args[2:]), kwargs)
 
     return Sharding({source: layout}, out, emit)
+
+
+def _pad_anew(facts: Facts, node: fx.Node, layout: Layout, slot: int) -> Sharding | None:
+    """Cut the padded sequence anew."""
+    source: Any = node.args[0]
+    given = bound(node)
+    out = facts.resized(layout, facts.shape(node)[layout.dim])
+    if out is None or layout.outer != 1:
+        return None
+
+    def emit(em: Emitter, n: fx.Node) -> fx.Node:
+        amounts, fill = list(em.value(given["pad"])), em.value(given["value"]) or 0
+        before = amounts[slot]
+        value = fetch_window(em, source, layout, lambda start, stop: (start - before, stop - before), out, fill)
+        amounts[slot : slot + 2] = 0, 0
+        return em.call(aten.constant_pad_nd.default, (value, amounts, fill)) if any(amounts) else value
+
+    return Sharding({source: layout}, out, emit, kind="exchange")
 
 
 def lookup(facts: Facts, node: fx.Node) -> Sharding | None:

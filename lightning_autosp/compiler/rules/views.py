@@ -12,6 +12,7 @@ from torch import fx
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
+from lightning_autosp.compiler.rules.positions import pieces as pieces_of_sequence
 
 __all__ = ["RULES"]
 
@@ -35,6 +36,19 @@ def view(facts: Facts, node: fx.Node) -> Sharding | None:
         if _whole(outer) and _whole(inner):
             out = Layout(dim, layout.span, outer, inner)
             return Sharding({source: layout}, out, functools.partial(_reshape, layout=layout, out=out))
+    return None if layout.merged else _into_chunks(facts, node, source, layout)
+
+
+def _into_chunks(facts: Facts, node: fx.Node, source: fx.Node, layout: Layout) -> Sharding | None:
+    """`(B, s, D) -> (B, chunks, length, D)`: whole chunks are cut."""
+    shape_in, shape_out = facts.shape(source), facts.shape(node)
+    for dim, size in enumerate(shape_out):
+        before = sympy.cancel(sympy.prod(shape_in[: layout.dim]) / sympy.prod(shape_out[:dim]))
+        length = sympy.cancel(sympy.prod(shape_out[dim + 1 :]) / sympy.prod(shape_in[layout.dim + 1 :]))
+        span = facts.span_of(size)
+        if span is not None and before == 1 and length.is_Integer:
+            need, out = Layout(layout.dim, span, inner=length), Layout(dim, span)
+            return Sharding({source: need}, out, functools.partial(_reshape, layout=need, out=out))
     return None
 
 
@@ -80,7 +94,7 @@ def pieces(facts: Facts, node: fx.Node) -> Sharding | None:
         return None
     dim = bound(node)["dim"] % len(facts.shape(source))
     if dim == layout.dim:
-        return None
+        return None if node.target is aten.unbind.int else pieces_of_sequence(facts, node, layout)
     removed = node.target is aten.unbind.int and dim < layout.dim
     out = layout.at(layout.dim - removed)
     return Sharding({source: layout}, (out,) * len(node.meta["val"]))

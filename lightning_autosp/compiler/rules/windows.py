@@ -19,18 +19,12 @@ from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
 from lightning_autosp.compiler.rules.partial import finish_partial
 from lightning_autosp.exchange import fetch
 
-__all__ = ["RULES", "fetch_window", "output_layout"]
+__all__ = ["RULES", "fetch_window"]
 
 aten = torch.ops.aten
 
 Reach = Callable[[int, int], tuple[int, int]]
 """`reach(start, stop)`: the input positions that output positions `[start, stop)` need. Some may lie outside of the input."""
-
-
-def output_layout(facts: Facts, layout: Layout, size: Any) -> Layout | None:
-    """Return how to cut a result of `size` positions: like its source if that has as many."""
-    span = facts.span_of(size)
-    return layout if size == layout.size else None if span is None else layout.over(span)
 
 
 def fetch_window(em: Emitter, source: fx.Node, layout: Layout, reach: Reach, out: Layout, fill: float = 0.0) -> fx.Node:
@@ -39,13 +33,13 @@ def fetch_window(em: Emitter, source: fx.Node, layout: Layout, reach: Reach, out
     Args:
         em: The emitter.
         source: The input.
-        layout: Its layout, not merged.
+        layout: Its layout, without outer factor.
         reach: Which positions are needed.
         out: The layout of the output.
         fill: The value of positions before the first and behind the last.
     """
-    size, bounds, value = em.size(layout), em.bounds(layout), em.get(source, layout)
-    ranges = [reach(start, stop) for start, stop in em.bounds(out)]
+    size, bounds, value = em.integer(layout.size), em.cuts(layout), em.get(source, layout)
+    ranges = [reach(start, stop) for start, stop in em.cuts(out)]
     held = [(min(max(start, 0), size), min(max(stop, 0), size)) for start, stop in ranges]
     if tuple(held) != bounds:
         wanted = tuple(((start, stop, 1),) for start, stop in held)
@@ -91,8 +85,8 @@ def _windows(
         padding: What the operator is given for padding instead.
     """
     source: Any = node.args[0]
-    out = output_layout(facts, layout, facts.shape(node)[layout.dim])
-    if out is None or layout.merged:
+    out = facts.resized(layout, facts.shape(node)[layout.dim])
+    if out is None or layout.outer != 1:
         return None
 
     def reach(start: int, stop: int) -> tuple[int, int]:
@@ -101,7 +95,8 @@ def _windows(
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
         replaced = {} if padding is None else {"padding": padding}
         value = _call(em, n, fetch_window(em, source, layout, reach, out, fill), **replaced)
-        return em.call(aten.slice.Tensor, (value, out.dim, crop, crop + em.local_length(out))) if crop else value
+        start, stop = em.cuts(out)[em.group.rank]
+        return em.call(aten.slice.Tensor, (value, out.dim, crop, crop + stop - start)) if crop else value
 
     return Sharding({source: layout}, out, emit, kind="exchange")
 
@@ -147,8 +142,8 @@ def _transposed(
 ) -> Sharding | None:
     """Input position `i` adds to output positions `i * step - cut + [0, extent]`."""
     source: Any = node.args[0]
-    out = output_layout(facts, layout, facts.shape(node)[layout.dim])
-    if out is None or layout.merged:
+    out = facts.resized(layout, facts.shape(node)[layout.dim])
+    if out is None or layout.outer != 1:
         return None
     step, cut = numbers["stride"][axis], numbers["padding"][axis]
     without = {name: _without(numbers[name], axis) for name in ("padding", "output_padding")}
@@ -159,7 +154,7 @@ def _transposed(
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
         value = _call(em, n, fetch_window(em, source, layout, reach, out), **without)
-        start, stop = em.bounds(out)[em.group.rank]
+        start, stop = em.cuts(out)[em.group.rank]
         first = start + cut - reach(start, stop)[0] * step
         return em.call(aten.slice.Tensor, (value, out.dim, first, first + stop - start))
 
