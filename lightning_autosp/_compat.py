@@ -5,6 +5,8 @@ Checked against torch 2.13.0. Each entry says what it is for; when a release mov
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 
 __all__ = [
     "FunctionalTensorMode",
+    "autograd_inside_operator",
     "current_tracer",
     "dynamic_dims",
     "example_of",
@@ -81,3 +84,16 @@ def shape_replacements(fake_mode: Any) -> dict[Any, Any]:
 def mesh_without_group(num_ranks: int) -> DeviceMesh:
     """Return a mesh to ask PyTorch's sharding rules on, as its first rank. No process group is made, none is needed."""
     return DeviceMesh("cpu", list(range(num_ranks)), _init_backend=False, _rank=0)
+
+
+@contextmanager
+def autograd_inside_operator() -> Iterator[None]:
+    """Let autograd record within the kernel of a custom operator, which runs below it."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)

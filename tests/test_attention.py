@@ -11,6 +11,7 @@ from simulated import assert_close, assert_exact, lower
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_autosp.attention import tiles
 from lightning_autosp.attention.ulysses import ulysses_attention, wire_elements
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.layout import base_cuts
@@ -121,31 +122,110 @@ def test_mask_is_proven_and_dropped(name: str) -> None:
     assert attention.args[3] not in plan.demands, "the mask is still computed"
 
 
-KEPT: dict[str, tuple[Mask, str]] = {
-    "window": (lambda x: causal(x) & (rows_and_columns(x)[0] - rows_and_columns(x)[1] < 5), "proven"),
+TILED: dict[str, tuple[Mask, str]] = {
+    "window": (
+        lambda x: causal(x) & (rows_and_columns(x)[0] - rows_and_columns(x)[1] < 5),
+        "proven -row + column + 4 >= 0 and row",
+    ),
     "window_longer_than_most": (lambda x: causal(x) & (rows_and_columns(x)[0] - rows_and_columns(x)[1] < 4096), "proven"),
+    "window_to_both_sides": (lambda x: (rows_and_columns(x)[0] - rows_and_columns(x)[1]).abs() <= 3, "of the batch's data"),
     "strictly_causal_or_first": (
         lambda x: (rows_and_columns(x)[1] < rows_and_columns(x)[0]) | (rows_and_columns(x)[1] == 0),
         "proven",
     ),
     "anti_causal": (lambda x: rows_and_columns(x)[1] >= rows_and_columns(x)[0], "proven"),
+    "chunked": (lambda x: causal(x) & (rows_and_columns(x)[0] // 4 == rows_and_columns(x)[1] // 4), "of the batch's data, proven"),
     "prefix": (lambda x: causal(x) | (rows_and_columns(x)[1] < 3), "proven"),
-    "from_data": (lambda x: causal(x) & ((x[:, :, 0] > -1) | (torch.arange(x.shape[1]) == 0))[:, None, None, :], "not proven"),
+    "documents": (lambda x: causal(x) & same_document(x), "of the batch's data, proven row - column >= 0"),
+    "documents_both_ways": (lambda x: same_document(x), "of the batch's data"),
+    "padding": (lambda x: (x[:, :, 0] > -1)[:, None, None, :] & causal(x) | (row_is_column(x)), "of the batch's data"),
+    "padding_without_a_way_out": (lambda x: (x[:, :, 0] > 0.5)[:, None, None, :] & causal(x), "of the batch's data, proven"),
+    "left_padding_lowest": (lambda x: torch.where(causal(x) & shown(x), 0.0, torch.finfo(torch.float32).min).to(x.dtype), "proven"),
+    "additive_window": (
+        lambda x: torch.where(causal(x) & (rows_and_columns(x)[0] - rows_and_columns(x)[1] < 4), 0.0, float("-inf")).to(x.dtype),
+        "proven",
+    ),
     "additive_bias": (lambda x: torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype) + (rows_and_columns(x)[1] * 0.1), "not proven"),
     "minus_one_thousand": (lambda x: torch.where(causal(x), 0.0, -1000.0).to(x.dtype), "not proven"),
+    "alibi": (
+        lambda x: -torch.arange(1, 5)[:, None, None].double() * (rows_and_columns(x)[0] - rows_and_columns(x)[1]),
+        "not proven",
+    ),
     "per_head": (lambda x: rows_and_columns(x)[1] <= rows_and_columns(x)[0] + torch.arange(4)[:, None, None], "proven"),
 }
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_other_masks_are_kept_and_exact(name: str) -> None:
-    make, proof = KEPT[name]
+def row_is_column(x: Tensor) -> Tensor:
+    row, column = rows_and_columns(x)
+    return row == column
+
+
+def same_document(x: Tensor) -> Tensor:
+    document = (x[:, :, 0] > 0.7).cumsum(1)
+    return (document[:, None, :, None] == document[:, None, None, :]) & torch.ones(x.shape[1], 1, dtype=torch.bool)
+
+
+def shown(x: Tensor) -> Tensor:
+    return (torch.arange(x.shape[1]) >= 4)[None, None, None, :]
+
+
+@pytest.fixture(params=[None, 30], ids=["one_tile", "many_tiles"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """Tiles of that many elements: a row or two."""
+    if request.param is not None:
+        monkeypatch.setattr(tiles, "TILE_ELEMENTS", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_other_masks_are_computed_in_tiles(name: str, tile: int | None) -> None:
+    make, proof = TILED[name]
     net = Attention(mask=make)
-    call = assert_exact(net, inputs(), net).report.attention[0]
+    lowered = assert_exact(net, inputs(), net, num_ranks=3)
+    call = lowered.report.attention[0]
+    assert call.method == "ulysses"
     assert call.mask.startswith(proof)
-    assert "kept whole" in call.mask
-    assert call.mask_bytes > 0
-    assert call.mask_proven == (proof == "proven")
+    assert call.mask.endswith("computed in tiles")
+    assert call.mask_bytes == 0
+    assert no_pairs(lowered)
+
+
+def no_pairs(lowered: Any) -> bool:
+    """Whether no value outside of regions has two sequence dimensions."""
+    captured = lowered.step.captured
+    values = (node.meta.get("val") for node in captured.graph.nodes)
+    shapes = [captured.shape(value) for value in values if isinstance(value, Tensor)]
+    return not any(sum(bool(size.free_symbols & captured.symbols) for size in shape) > 1 for shape in shapes)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (6, 2), (7, 1), (3, 3)])
+def test_heads_in_tiles(heads: int, kv_heads: int, tile: int | None) -> None:
+    net = Attention(heads, kv_heads, mask=lambda x: causal(x) & (x[:, None, :, :1] > x[:, None, None, :, 0] - 3))
+    for ranks in (2, 4):
+        assert no_pairs(assert_exact(net, inputs(), net, num_ranks=ranks))
+
+
+def test_columns_that_nothing_attends_to_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 13 * 4)
+    net = Attention(mask=TILED["window"][0])
+    (x,) = inputs()
+    net(x)
+    assert_exact(net, (x,), net)
+    program = tiles._PROGRAMS[max(tiles._PROGRAMS)]
+    assert [tile for tile in program.tiles()] == [(0, 4, 0, 4), (4, 8, 0, 8), (8, 12, 4, 12), (12, 13, 8, 13)]
+
+
+def test_a_mask_of_pairs_that_comes_with_the_batch_is_kept() -> None:
+    net = Attention(mask=lambda x: None)
+    mask = torch.rand(2, 1, 13, 13) > 0.3
+
+    def step(x: Tensor, mask: Tensor) -> Tensor:
+        net.mask = lambda _: mask
+        return net(x)[0]
+
+    (x,) = inputs()
+    call = assert_exact(step, (x, mask | torch.eye(13, dtype=torch.bool)), net).report.attention[0]
+    assert (call.mask, call.mask_bytes, call.mask_proven) == ("of the batch's data, kept whole", 2 * 13 * 13, False)
 
 
 @pytest.mark.parametrize("heads", [4, 3])
@@ -177,8 +257,10 @@ def test_queries_over_a_fixed_memory_stay_local() -> None:
 
 
 def test_strict_refuses_a_large_unproven_mask() -> None:
-    net = Attention(mask=KEPT["from_data"][0])
+    net = Attention(mask=lambda x: (x @ x.transpose(1, 2)).cumsum(1)[:, None] > 0)
     report = lower(net, inputs(), net, backward=False).report
+    assert report.attention[0].mask_bytes == 2 * 13 * 13
+    report.in_full.clear()
     report.refuse_fallbacks()
     report.attention[0].mask_bytes = MASK_LIMIT_BYTES + 1
     with pytest.raises(StrictModeError, match=r"mask at .*test_attention.py:\d+ is 64 MiB"):
@@ -228,8 +310,7 @@ def test_function_alone_and_its_wire_bytes(heads: int, kv_heads: int, monkeypatc
     def work(rank: int) -> Tensor:
         part = slice(cuts[rank], cuts[rank + 1])
         group = Group("", ranks, rank)
-        gqa = heads != kv_heads
-        return ulysses_attention(q[:, :, part], k[:, :, part], v[:, :, part], None, 0.0, True, None, gqa, lengths, lengths, group)
+        return ulysses_attention(q[:, :, part], k[:, :, part], v[:, :, part], None, 0.0, True, None, lengths, lengths, group)
 
     got = torch.cat(run_ranks(ranks, work), dim=2)
     assert_close(got, want, 1e-6, "output")

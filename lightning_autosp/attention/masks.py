@@ -3,14 +3,15 @@
 The operators behind a mask are interpreted abstractly: every value is a function of its own indices, kept as an affine form
 (`row + 3`), a boolean formula over comparisons of affine forms (`col <= row and row - col < 4096`), or a choice between two
 constants (`0 where allowed, else -inf`). What comes out is proven for all lengths; nothing is evaluated at a size and nothing
-is sampled. Anything not understood (a padding mask that came with the batch) is unknown, and the mask is kept.
+is sampled. Truth values that are not understood (a padding mask that came with the batch) are `data`; of a mask that is
+`column <= row and data` it is still proven that it attends to nothing right of the diagonal (`column_bounds`).
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,17 +21,28 @@ from torch import fx
 
 from lightning_autosp.compiler.capture import Captured
 
-__all__ = ["MaskProof", "prove_mask"]
+__all__ = ["MaskProof", "column_bounds", "prove_mask"]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class MaskProof:
-    """What a mask is: `causal`, `full` (masks nothing), `structured` (proven, but no kernel flag for it here), `unknown`."""
+    """What a mask is.
+
+    Attributes:
+        kind: `causal`, `full` (masks nothing), `structured` (proven, but no kernel has a flag for it), `unknown` (depends on data).
+        text: The same in words.
+        formula: Where it attends; `None` if nothing is known.
+        lowest: What is added to scores that are not attended; minus infinity for a boolean mask.
+        diagonal: Whether every row is proven to attend to the column of its own number.
+    """
 
     kind: Literal["causal", "full", "structured", "unknown"]
     text: str
+    formula: Formula | None = None
+    lowest: float = float("-inf")
+    diagonal: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,10 @@ class Affine:
 
 @dataclass(frozen=True)
 class Formula:
-    """A boolean function of the indices: `op` is `true`, `false`, `ge0` (of one affine form), `and`, `or` or `not`."""
+    """A boolean function of the indices: `op` is `true`, `false`, `ge0` (of one affine form), `and`, `or`, `not` or `data`.
+
+    `data` stands for any function of indices and batch: two of them are not the same, and its negation is `data` too.
+    """
 
     op: str
     parts: tuple[Any, ...] = ()
@@ -64,7 +79,7 @@ class Choice:
 
 
 Value = Affine | Formula | Choice
-TRUE, FALSE = Formula("true"), Formula("false")
+TRUE, FALSE, DATA = Formula("true"), Formula("false"), Formula("data")
 
 
 class _Unknown(Exception):
@@ -79,12 +94,13 @@ def prove_mask(mask: fx.Node, captured: Captured) -> MaskProof:
         captured: The graph it stands in.
     """
     try:
-        interpreter = _Interpreter(captured)
-        value = interpreter.value(mask)
+        value = _Interpreter(captured).value(mask)
         shape = captured.shape(mask.meta["val"])
         if isinstance(value, Affine) and value.is_constant and value.constant == 0 and value.integral is False:
-            return MaskProof("full", "masks nothing")
+            return MaskProof("full", "masks nothing", TRUE, diagonal=True)
+        lowest = float("-inf")
         if isinstance(value, Choice):
+            lowest = float(min(value.yes, value.no))
             value = _attended(value, mask.meta["val"].dtype)
         if not isinstance(value, Formula):
             return MaskProof("unknown", "not proven")
@@ -92,12 +108,70 @@ def prove_mask(mask: fx.Node, captured: Captured) -> MaskProof:
         return MaskProof("unknown", f"not proven ({unknown})")
     simple = _simplify(value, shape)
     if simple == TRUE:
-        return MaskProof("full", "proven to mask nothing")
+        return MaskProof("full", "proven to mask nothing", TRUE, lowest, diagonal=True)
+    diagonal = shape[-2] == shape[-1] and _simplify(_on_diagonal(simple), shape) == TRUE
     atoms = set(simple.parts) if simple.op == "and" else {simple}
-    names = sorted(_describe(atom, len(shape)) for atom in atoms)
+    names = sorted(_describe(atom, len(shape)) for atom in atoms if not _has_data(atom))
     if atoms == {_causal(len(shape))}:
-        return MaskProof("causal", "proven causal")
-    return MaskProof("structured", "proven " + " and ".join(names))
+        return MaskProof("causal", "proven causal", simple, lowest, diagonal)
+    if not any(map(_has_data, atoms)):
+        return MaskProof("structured", "proven " + " and ".join(names), simple, lowest, diagonal)
+    known = f", proven {' and '.join(names)}" if names else ""
+    return MaskProof("unknown", f"of the batch's data{known}", simple, lowest, diagonal)
+
+
+def column_bounds(proof: MaskProof, sizes: Mapping[sympy.Symbol, int]) -> Callable[[int, int], tuple[int, int]] | None:
+    """Return the function `(first row, behind the last) -> (first column, behind the last)` outside of which nothing is attended.
+
+    Args:
+        proof: Of a mask.
+        sizes: The value of every symbol.
+
+    Returns:
+        `None` if every row may attend to all columns, as far as is proven.
+    """
+    # A row without anything it attends to weighs all columns alike if its scores are finite: none may be left out.
+    if proof.formula is None or not (proof.diagonal or proof.lowest == float("-inf")):
+        return None
+    limits: list[tuple[int, int, int]] = []
+    for atom in proof.formula.parts if proof.formula.op == "and" else (proof.formula,):
+        if atom.op != "ge0":
+            continue
+        form = atom.parts[0]
+        *others, row, column = (c.xreplace(dict(sizes)) for c in form.coefficients)
+        numbers = (row, column, form.constant.xreplace(dict(sizes)))
+        if column != 0 and all(c == 0 for c in others) and all(number.is_Integer for number in numbers):
+            limits.append(tuple(int(number) for number in numbers))  # type: ignore[arg-type]
+    if not limits:
+        return None
+
+    def bounds(start: int, stop: int) -> tuple[int, int]:
+        low, high = 0, 2**62
+        for row, column, constant in limits:  # row * i + column * j + constant >= 0
+            most = constant + max(row * start, row * (stop - 1))
+            if column < 0:
+                high = min(high, most // -column + 1)
+            else:
+                low = max(low, -(most // column))
+        return low, high
+
+    return bounds
+
+
+def _has_data(formula: Formula) -> bool:
+    return formula.op == "data" or any(isinstance(part, Formula) and _has_data(part) for part in formula.parts)
+
+
+def _on_diagonal(formula: Formula) -> Formula:
+    """Put the row for the column."""
+
+    def change(form: Affine) -> Affine:
+        *others, row, column = form.coefficients
+        return Affine((*others, row + column, sympy.Integer(0)), form.constant, form.integral)
+
+    found = _map_forms(formula, change)
+    assert isinstance(found, Formula)
+    return found
 
 
 def _causal(ndim: int) -> Formula:
@@ -111,7 +185,7 @@ def _describe(formula: Formula, ndim: int) -> str:
         names = [f"i{d}" for d in range(ndim - 2)] + ["row", "column"]
         terms = [f"{c}*{n}" for c, n in zip(form.coefficients, names, strict=True) if c != 0]
         return f"{' + '.join(terms)} + {form.constant} >= 0".replace("+ -", "- ").replace("1*", "").replace(" + 0", "")
-    if formula.op in ("true", "false"):
+    if formula.op in ("true", "false", "data"):
         return formula.op
     inner = [_describe(part, ndim) for part in formula.parts]
     return f"not ({inner[0]})" if formula.op == "not" else "(" + f" {formula.op} ".join(inner) + ")"
@@ -138,6 +212,8 @@ def _attended(choice: Choice, dtype: torch.dtype) -> Formula:
 
 
 def _negate(formula: Formula) -> Formula:
+    if formula.op == "data":
+        return DATA
     if formula.op == "not":
         return formula.parts[0]
     if formula.op in ("true", "false"):
@@ -217,8 +293,17 @@ class _Interpreter:
         if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat)):
             return Affine((), self.captured.expr(node.meta["val"]), isinstance(node.meta["val"], torch.SymInt))
         if node not in self._known:
-            self._known[node] = _map_forms(self._evaluate(node), _over(self.shape(node)))
+            self._known[node] = _map_forms(self._evaluated(node), _over(self.shape(node)))
         return self._known[node]
+
+    def _evaluated(self, node: fx.Node) -> Value:
+        try:
+            return self._evaluate(node)
+        except _Unknown:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
+                return DATA
+            raise
 
     def _number(self, number: Any, ndim: int) -> Value:
         if isinstance(number, bool):
@@ -353,7 +438,7 @@ def _compare(make: Callable[[Affine, Affine], Formula]) -> Any:
 
 
 def _equal_truth(left: Formula, right: Formula) -> Formula:
-    if left == right:
+    if left == right and not _has_data(left):
         return TRUE
     raise _Unknown("a comparison of masks")
 
@@ -384,7 +469,10 @@ def _where(run: _Interpreter, node: fx.Node) -> Value:
     formula = _as_formula(condition)
     if isinstance(yes, Formula) and isinstance(no, Formula):
         return _join("or", _join("and", formula, yes), _join("and", _negate(formula), no))
-    return Choice(formula, _constant(yes), _constant(no))
+    other = _constant(no)
+    if isinstance(yes, Choice) and yes.no == other:
+        return Choice(_join("and", formula, yes.formula), yes.yes, other)
+    return Choice(formula, _constant(yes), other)
 
 
 def _masked_fill(run: _Interpreter, node: fx.Node) -> Value:
@@ -524,27 +612,6 @@ def _select(run: _Interpreter, node: fx.Node) -> Value:
     return _map_forms(run.value(source), change)
 
 
-def _triangle(lower: bool) -> Any:
-    def rule(run: _Interpreter, node: fx.Node) -> Value:
-        ndim = len(run.shape(node))
-        diagonal = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-        zero, one = sympy.Integer(0), sympy.Integer(1)
-        row_minus_column = Affine((zero,) * (ndim - 2) + (one, -one), zero)
-        limit = Affine((zero,) * ndim, sympy.Integer(-diagonal))
-        kept = _minus(row_minus_column, limit) if lower else _minus(limit, row_minus_column)
-        value = run.value(node.args[0])
-        if isinstance(value, Formula):
-            return _join("and", value, kept)
-        choice = _as_choice(value)
-        if choice.no == 0:
-            return Choice(_join("and", choice.formula, kept), choice.yes, zero)
-        if choice.formula == TRUE:
-            return Choice(kept, choice.yes, zero)
-        raise _Unknown("a triangle of a mask of other numbers")
-
-    return rule
-
-
 def _cat(run: _Interpreter, node: fx.Node) -> Value:
     pieces = node.args[0]
     ndim = len(run.shape(node))
@@ -650,8 +717,6 @@ _OPERATORS: dict[Any, Callable[[_Interpreter, fx.Node], Value]] = {
     aten.full_like.default: _filled(1),
     aten.new_full.default: _filled(2),
     aten.scalar_tensor.default: _filled(0),
-    aten.tril.default: _triangle(lower=True),
-    aten.triu.default: _triangle(lower=False),
     aten.add.Tensor: _add(1),
     aten.add.Scalar: _add(1),
     aten.sub.Tensor: _add(-1),

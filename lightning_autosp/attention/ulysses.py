@@ -6,13 +6,16 @@ head dimension, P ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_autosp.attention.tiles import run_tiles
 from lightning_autosp.collectives import Group, all_to_all
 
-__all__ = ["heads_to_sequence", "sequence_to_heads", "ulysses_attention", "wire_elements"]
+__all__ = ["heads_to_sequence", "sequence_to_heads", "ulysses_attention", "ulysses_tiles", "wire_elements"]
 
 
 def sequence_to_heads(x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
@@ -53,7 +56,6 @@ def ulysses_attention(
     dropout: float,
     is_causal: bool,
     scale: float | None,
-    enable_gqa: bool,
     query_lengths: tuple[int, ...],
     key_lengths: tuple[int, ...],
     group: Group,
@@ -71,7 +73,6 @@ def ulysses_attention(
         dropout: Probability of dropping an attention weight.
         is_causal: As in `F.scaled_dot_product_attention`, over the whole sequence.
         scale: Factor of the scores; `None` for `1/sqrt(D)`.
-        enable_gqa: Whether `Hk` may be smaller than `H`.
         query_lengths: Every rank's number of queries.
         key_lengths: Every rank's number of keys.
         group: The sequence group.
@@ -79,32 +80,89 @@ def ulysses_attention(
     Returns:
         Shape `(..., H, l, Dv)`. Sends `wire_elements` elements a rank.
     """
-    leading = query.shape[:-3]
-    query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    heads, ranks = query.shape[1], group.size
-    if key.shape[1] != heads and (key.shape[1] % ranks or heads % ranks):
-        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-        enable_gqa = False
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        own = mask
+        if mask is not None and mask.ndim > 2 and mask.shape[-3] != 1:
+            own = _own_heads(mask, mask.ndim - 3, group)
+        grouped = query.shape[-3] != key.shape[-3]
+        return F.scaled_dot_product_attention(query, key, value, own, dropout, is_causal, scale=scale, enable_gqa=grouped)
+
+    return _exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
+
+
+def ulysses_tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    others: tuple[Tensor, ...],
+    places: tuple[tuple[int, int | None], ...],
+    handle: int,
+    seed: tuple[Tensor, ...],
+    query_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    group: Group,
+) -> Tensor:
+    """Attention by a `TileProgram` over positions that are split over the ranks of `group`.
+
+    Args:
+        query: This rank's queries, shape `(..., H, l, D)`.
+        key: This rank's keys, shape `(..., Hk, l, D)`.
+        value: This rank's values, shape `(..., Hk, l, Dv)`.
+        others: What else the program reads, whole.
+        places: For each of the program's inputs, which of query, key, value and others it is and its dimension of `H` heads, if it
+            has one and the program reads this rank's.
+        handle: Of the program; it computes this rank's heads, `H` padded to a multiple of the group's size and divided by it.
+        seed: The program's seed, if it draws random numbers.
+        query_lengths: Every rank's number of queries.
+        key_lengths: Every rank's number of keys.
+        group: The sequence group.
+
+    Returns:
+        Shape `(..., H, l, Dv)`.
+    """
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        values = (query, key, value, *others)
+        own = [values[i] if dim is None or i < 3 else _own_heads(values[i], dim, group) for i, dim in places]
+        return run_tiles(handle, *seed, *own)
+
+    return _exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
+
+
+def _exchanged(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    group: Group,
+) -> Tensor:
+    """Call an attention kernel on all positions of this rank's heads."""
+    leading, heads, ranks = query.shape[:-3], query.shape[-3], group.size
+    if key.shape[-3] != heads and (key.shape[-3] % ranks or heads % ranks):
+        key, value = (x.repeat_interleave(heads // x.shape[-3], dim=-3) for x in (key, value))
     padding = -heads % ranks
     if padding:
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (query, key, value))
-    query = sequence_to_heads(query, query_lengths, group)
-    key, value = (sequence_to_heads(x, key_lengths, group) for x in (key, value))
-    if mask is not None:
-        mask = _own_heads(mask, heads, padding, query.shape[1], group)
-        if mask.ndim > 3:
-            mask = mask.expand(*leading, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
-    out = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa)
-    out = heads_to_sequence(out, query_lengths, group)[:, :heads]
+
+    def all_positions(x: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        x = sequence_to_heads(x.reshape(-1, *x.shape[-3:]), lengths, group)
+        return x.reshape(*leading, *x.shape[1:])
+
+    out = kernel(all_positions(query, query_lengths), all_positions(key, key_lengths), all_positions(value, key_lengths))
+    out = heads_to_sequence(out.reshape(-1, *out.shape[-3:]), query_lengths, group)[:, :heads]
     return out.reshape(*leading, *out.shape[1:])
 
 
-def _own_heads(mask: Tensor, heads: int, padding: int, own: int, group: Group) -> Tensor:
-    if mask.ndim < 3 or mask.shape[-3] != heads or heads == 1:
-        return mask
-    if padding:
-        mask = torch.cat([mask, mask.new_zeros((*mask.shape[:-3], padding, *mask.shape[-2:]))], dim=-3)
-    return mask.narrow(-3, group.rank * own, own)
+def _own_heads(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Return this rank's heads of a whole tensor, heads padded with zeros to a multiple of the group's size."""
+    own = -(-x.shape[dim] // group.size)
+    missing = own * group.size - x.shape[dim]
+    if missing:
+        x = torch.cat([x, x.new_zeros((*x.shape[:dim], missing, *x.shape[dim + 1 :]))], dim=dim)
+    return x.narrow(dim, group.rank * own, own)
 
 
 def wire_elements(batch: int, heads: int, kv_heads: int, length: int, width: int, value_width: int, ranks: int) -> int:

@@ -37,6 +37,8 @@ class Captured:
     symbols: frozenset[sympy.Symbol]
     """The sequence symbols, in canonical form."""
     replacements: dict[sympy.Expr, sympy.Expr]
+    fake_mode: FakeTensorMode
+    """Makes the values of operators that are added to the graph."""
     parameters: dict[fx.Node, str]
     """Placeholders that are parameters, with their fully qualified names."""
     trainable: set[fx.Node]
@@ -116,6 +118,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
         placeholders=placeholders,
         symbols=frozenset(symbols),
         replacements=replacements,
+        fake_mode=fake_mode,
         parameters=parameters,
         trainable=trainable | set(parameters),
         mutated=[placeholders[index] for index in mutated],

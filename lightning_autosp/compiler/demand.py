@@ -22,7 +22,9 @@ from lightning_autosp.compiler import rules
 from lightning_autosp.compiler.capture import Captured, is_size
 from lightning_autosp.compiler.layout import Layout, Span, span_of
 from lightning_autosp.compiler.plan import Form, Plan
+from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Facts, Sharding, tensor_inputs
+from lightning_autosp.compiler.rules.attention import emit_region
 from lightning_autosp.compiler.rules.random import can_broadcast, emit_whole, is_random
 
 __all__ = ["make_plan"]
@@ -62,8 +64,9 @@ def make_plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceM
         # A random operator that has to be whole and cannot be broadcast needs one stream for all ranks, and so do then the others.
         plan = _plan(captured, symbols, mesh, short, shard_random=False)
         whole = {node for node in plan.demands if is_random(node)}
-    if plan.facts.symbols:
-        plan.broadcast = dict.fromkeys((node for node in whole if can_broadcast(node)), emit_whole)
+    if plan.facts.symbols:  # the first rank draws for all
+        plan.whole = dict.fromkeys((node for node in whole if can_broadcast(node)), emit_whole)
+    plan.whole |= {node: emit_region for node in plan.demands if isinstance(node.target, Region) and node not in plan.shardings}
     return plan
 
 
@@ -170,7 +173,9 @@ def _cut_like(facts: Facts, node: fx.Node, wanted: Layout) -> Sharding | None:
 
 
 def _ask(facts: Facts, node: fx.Node) -> Sharding | None:
-    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
+    if not isinstance(node.target, (torch._ops.OpOverload, Region)) or not isinstance(
+        node.meta.get("val"), (torch.Tensor, list, tuple)
+    ):
         return None
     if not facts.has_sequence(node) and not any(facts.has_sequence(source) for source in node.all_input_nodes):
         return None
@@ -242,7 +247,7 @@ def _demand(facts: Facts, possible: dict[fx.Node, Sharding]) -> Plan:
         for source in node.all_input_nodes:
             if source not in unused and not is_size(source):
                 ask(source, needs.get(source), node)
-    return Plan(facts, shardings, dict(demands), rank_streams=False, broadcast={})
+    return Plan(facts, shardings, dict(demands), rank_streams=False, whole={})
 
 
 def _worthwhile(facts: Facts, node: fx.Node, sharding: Sharding, forms: set[Form]) -> bool:

@@ -136,6 +136,11 @@ class Emitter:
     def integer(self, expr: sympy.Expr) -> int:
         return int(expr.xreplace(self.sizes))
 
+    def number(self, node: fx.Node) -> int | float | bool:
+        """Return the value of a node that holds a number that follows from the sizes."""
+        expr = self.facts.expr(node).xreplace(self.sizes)
+        return int(expr) if isinstance(node.meta["val"], torch.SymInt) else _number(expr)
+
     def size(self, layout: Layout) -> int:
         """Return the global number of positions."""
         return self.integer(layout.span.length)
@@ -235,8 +240,8 @@ class Emitter:
         elif node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             picked = self.call(operator.getitem, (self.get(node.args[0], None), node.args[1]))
             self._provide(node, sharding.output if sharding else None, picked)  # type: ignore[arg-type]
-        elif node in self.plan.broadcast:
-            self._provide(node, None, self.plan.broadcast[node](self, node))
+        elif node in self.plan.whole:
+            self._provide(node, None, self.plan.whole[node](self, node))
         elif sharding is None:
             args, kwargs = self.arguments(node, {})
             self._provide(node, None, self.call(node.target, args, kwargs))
@@ -283,10 +288,7 @@ class Emitter:
 
     def _map(self, value: Any, needs: Mapping[fx.Node, Layout]) -> Any:
         def one(node: fx.Node) -> Any:
-            if is_size(node):
-                expr = self.facts.expr(node).xreplace(self.sizes)
-                return int(expr) if isinstance(node.meta["val"], torch.SymInt) else _number(expr)
-            return self.get(node, needs.get(node))
+            return self.number(node) if is_size(node) else self.get(node, needs.get(node))
 
         return fx.map_arg(value, one)
 

@@ -35,12 +35,15 @@ class Argument:
     dim: int | None = None
 
 
+_UNTAGGED = {getattr(torch.ops.aten, f"__{name}__").Tensor for name in ("and", "or", "xor")}
+"""Other names of `bitwise_and` and its like."""
+
 _cache: dict[Any, tuple[Placement, ...] | None] = {}
 
 
 def is_pointwise(target: Any) -> bool:
     """Whether PyTorch declares the operator to compute each output element from the elements at its place."""
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return isinstance(target, torch._ops.OpOverload) and (torch.Tag.pointwise in target.tags or target in _UNTAGGED)
 
 
 def placements_of(target: Any, args: Any, kwargs: Any, mesh: DeviceMesh) -> tuple[Placement, ...] | None:

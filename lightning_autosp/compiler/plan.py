@@ -29,8 +29,8 @@ class Plan:
     """Forms of each node that are asked for, with who asks; nodes that are absent are dead."""
     rank_streams: bool
     """Whether each rank draws random numbers of its own while the graph runs."""
-    broadcast: dict[fx.Node, Callable[[Any, fx.Node], fx.Node]]
-    """Random nodes whose whole value the first rank draws for all, with what emits them."""
+    whole: dict[fx.Node, Callable[[Any, fx.Node], fx.Node]]
+    """Nodes whose whole value is computed in another way than by calling their operator, with what emits them."""
 
     @property
     def captured(self) -> Captured:

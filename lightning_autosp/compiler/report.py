@@ -12,6 +12,8 @@ import sympy
 import torch
 from torch import fx
 
+from lightning_autosp.compiler.regions import Region
+
 if TYPE_CHECKING:
     from lightning_autosp.compiler.emit import Emitter, Program
     from lightning_autosp.compiler.rule import Sharding
@@ -177,10 +179,16 @@ def _why_unsharded(lengths: list[int], num_ranks: int) -> str:
 
 
 def _attention(node: fx.Node, sharding: Sharding, emitter: Emitter) -> Attention:
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    kept = isinstance(mask, fx.Node) and mask not in sharding.unused
-    size = _bytes(mask, emitter) if kept else 0  # type: ignore[arg-type]
-    return Attention(user_line(node), sharding.note, sharding.mask, size, mask_proven="not proven" not in sharding.mask)
+    target, said = node.target, sharding.mask
+    if isinstance(target, Region):
+        kept = [source for source in node.all_input_nodes if len(emitter.facts.sequence_dims(source)) > 1]
+        said = "" if target.proof is None else f"{target.proof.text}, " + ("kept whole" if kept else "computed in tiles")
+        proven = not kept or (target.proof is not None and target.proof.kind != "unknown")
+    else:
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        kept, proven = [mask] if isinstance(mask, fx.Node) else [], False
+        said = said or ("kept" if kept else "")
+    return Attention(user_line(node), sharding.note, said, sum(_bytes(one, emitter) for one in kept), proven)
 
 
 def _bytes(node: fx.Node, emitter: Emitter) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,10 @@ from lightning_autosp.compiler.demand import make_plan
 from lightning_autosp.compiler.emit import Emitter, Program
 from lightning_autosp.compiler.layout import ShardTooShortError, Span
 from lightning_autosp.compiler.plan import Plan
+from lightning_autosp.compiler.regions import join_attention
 from lightning_autosp.compiler.report import Report, StepReport
 from lightning_autosp.compiler.scalars import NeedsBreakError
+from lightning_autosp.compiler.tiling import can_be_tiled
 
 __all__ = ["MAX_PROGRAMS", "Compiler", "LoweredStep", "Parameters"]
 
@@ -77,6 +80,7 @@ class Compiler:
             # One piece of a step that is cut already: parameters are whole, so the piece can run as it is.
             self.report.notes.append(f"{self.kind}: a piece runs in full, because {error}")
             return gm.forward
+        join_attention(captured, functools.partial(can_be_tiled, captured))
         self.report.num_graphs[self.kind] = self.report.num_graphs.get(self.kind, 0) + 1
         return LoweredStep(captured, self)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding
 from lightning_autosp.compiler.rules import attention, factories, indexing, loss, positions, random, reductions, views, windows
 from lightning_autosp.compiler.rules.generic import generic
@@ -31,4 +32,6 @@ _families: dict[Any, Rule] = {
 
 def find(facts: Facts, node: fx.Node) -> Sharding | None:
     """Return how to compute `node` from shards, or `None` if that is not known."""
+    if isinstance(node.target, Region):
+        return attention.region(facts, node)
     return _families.get(node.target, generic)(facts, node)

@@ -1,4 +1,4 @@
-"""Attention: `F.scaled_dot_product_attention` over a sharded sequence."""
+"""Attention over a sharded sequence: the operator, and regions of pairs of positions (`regions.py`)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from typing import Any
 import torch
 from torch import fx
 
-from lightning_autosp.attention.masks import prove_mask
-from lightning_autosp.attention.ulysses import ulysses_attention
+from lightning_autosp.attention.tiles import run_tiles
+from lightning_autosp.attention.ulysses import ulysses_attention, ulysses_tiles
 from lightning_autosp.compiler.emit import Emitter
-from lightning_autosp.compiler.layout import Layout
+from lightning_autosp.compiler.layout import Layout, span_of
+from lightning_autosp.compiler.plan import Form
+from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
+from lightning_autosp.compiler.tiling import attention_rows, row_layout, trace, write_tile
+from lightning_autosp.compiler.written_out import SDPA
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "emit_region", "region"]
 
 aten = torch.ops.aten
 
 
 def attention(facts: Facts, node: fx.Node) -> Sharding | None:
-    given = bound(node)
-    query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
+    """`F.scaled_dot_product_attention` by Ulysses: alone, or as the last of a region that computes its mask."""
+    given = _given(node)
+    query, key, value = (given[name] for name in ("query", "key", "value"))
     layout = facts.layout(query)
     rows = len(facts.shape(query)) - 2
-    if layout is None or layout.dim != rows or layout.merged:
+    if layout is None or layout.dim != rows or layout.merged or rows == 0:
         return None
     if not (facts.has_sequence(key) or facts.has_sequence(value)):
         return _over_fixed_keys(facts, node, given, layout)
@@ -36,26 +41,113 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
     needs = {query: layout, key: key_layout, value: value_layout}
     if len(needs) < 3 and key_layout != layout:
         return None  # one tensor in two roles with two layouts
-    is_causal, said = given["is_causal"], ""
-    if mask is not None:
-        proof = prove_mask(mask, facts.captured)
-        square = facts.shape(query)[-2] == facts.shape(key)[-2]
-        if proof.kind == "full" or (proof.kind == "causal" and square):
-            is_causal, mask = proof.kind == "causal", None
-            said = proof.text + (", dropped for the kernel's own flag" if is_causal else ", dropped")
-        else:
-            said = f"{proof.text}, kept whole"
+
+    joined = isinstance(node.target, Region)
+    if joined and _mask_reads(node, {query, key, value}):
+        return None
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
-        parts = [em.get(x, needs[x]) for x in (query, key, value)]
-        options = (given["dropout_p"], is_causal, em.value(given["scale"]), given["enable_gqa"])
-        lengths = (em.lengths(layout), em.lengths(key_layout))
-        whole_mask = None if mask is None else em.get(mask, None)
-        return em.call(ulysses_attention, (*parts, whole_mask, *options, *lengths, em.group))
+        parts = tuple(em.get(x, needs[x]) for x in (query, key, value))
+        lengths = (em.lengths(layout), em.lengths(key_layout), em.group)
+        if joined:
+            return _emit_tiles(em, n, parts, lengths)
+        mask = given["attn_mask"]
+        options = (given["dropout_p"], given["is_causal"], em.value(given["scale"]))
+        return em.call(ulysses_attention, (*parts, None if mask is None else em.get(mask, None), *options, *lengths))
 
-    # A mask that was dropped is no longer an input, so nothing computes it unless something else asks.
-    dropped = () if mask is not None or given["attn_mask"] is None else (given["attn_mask"],)
-    return Sharding(needs, layout, emit, kind="attention", note="ulysses", mask=said, unused=dropped)
+    return Sharding(needs, layout, emit, kind="attention", note="ulysses", mask=node.meta.get("mask", ""))
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """Return the operator's arguments; of a region, with the node's own inputs in the place of its placeholders."""
+    if not isinstance(node.target, Region):
+        return bound(node)
+    inputs = dict(zip(node.target.placeholders, node.args, strict=False))
+    return {name: inputs.get(value, value) for name, value in bound(node.target.exit).items()}
+
+
+def _mask_reads(node: fx.Node, sources: set[fx.Node]) -> bool:
+    """Whether a region's mask is computed from queries, keys or values themselves."""
+    target = node.target
+    assert isinstance(target, Region)
+    own = {placeholder for placeholder, source in zip(target.placeholders, node.args, strict=False) if source in sources}
+    return any(source in own for one in target.body.nodes if one is not target.exit for source in one.all_input_nodes)
+
+
+def _emit_tiles(em: Emitter, node: fx.Node, parts: tuple[Any, ...], lengths: tuple[Any, ...]) -> fx.Node:
+    target, facts = node.target, em.facts
+    assert isinstance(target, Region)
+    shape = [em.integer(size) for size in facts.shape(node)]
+    shape[-3] = -(-shape[-3] // em.group.size)
+    program, inputs = write_tile(em, target, attention_rows(facts, target), shape, shape[-3])
+    roles = [target.placeholders.index(target.exit.args[i]) for i in range(3)]  # type: ignore[arg-type]
+    others = list(dict.fromkeys(index for index, _ in inputs if index not in roles))
+    places = tuple((roles.index(i) if i in roles else 3 + others.index(i), dim) for i, dim in inputs)
+    values = tuple(em.get(node.args[index], None) for index in others)
+    return em.call(ulysses_tiles, (*parts, values, places, program.handle, _seed(em, program.random), *lengths))
+
+
+def _seed(em: Emitter, random: bool) -> tuple[fx.Node, ...]:
+    return (em.call(aten.randint.default, (2**62, []), {"dtype": torch.int64}),) if random else ()
+
+
+def region(facts: Facts, node: fx.Node) -> Sharding | None:
+    """A region: parts of its heads (any dimension of its value that is independent of the others), else of its rows."""
+    target = node.target
+    assert isinstance(target, Region)
+    if target.exit.target is SDPA:
+        return attention(facts, node)
+    shape, ranks = facts.shape(node), facts.mesh.size()
+    rows = row_layout(facts, target)
+    heads = [Layout(dim, span_of(size)) for dim, size in enumerate(shape) if size.is_Integer and size >= ranks]
+    # Samples last: a part of the samples would stay one through all that follows, and a batch may have few.
+    heads.sort(key=lambda layout: (layout.dim == 0, int(layout.size) % ranks != 0, layout.dim))
+    for wanted, said in [*((layout, "parts of heads, in tiles") for layout in heads), (rows, "parts of rows, in tiles")]:
+        needs = _needs(facts, node, wanted)
+        if needs is None:
+            continue
+
+        def emit(em: Emitter, n: fx.Node, wanted: Layout = wanted, needs: dict[fx.Node, Layout] = needs) -> fx.Node:
+            return _emit_alone(em, n, None if wanted == rows else wanted, em.local_shape(n, wanted), needs)
+
+        return Sharding(needs, wanted, emit, kind="attention", note=said)
+    return None
+
+
+def _needs(facts: Facts, node: fx.Node, wanted: Layout) -> dict[fx.Node, Layout] | None:
+    """Return which of a region's inputs are needed as parts for a part of its value."""
+    assert isinstance(node.target, Region)
+    traced = trace(facts, node.target, (wanted,))
+    if traced is None:
+        return None
+    inputs = dict(zip(node.target.placeholders, node.args, strict=False))
+    needs: dict[fx.Node, Form] = {}
+    for source, (form,) in traced:
+        if source.op == "placeholder" and source in inputs:
+            given = inputs[source]
+            assert isinstance(given, fx.Node)
+            if needs.setdefault(given, form) != form:
+                return None  # wanted in two forms
+    return {source: form for source, form in needs.items() if form is not None}
+
+
+def emit_region(em: Emitter, node: fx.Node) -> fx.Node:
+    """Compute a region from whole inputs."""
+    return _emit_alone(em, node, None, [em.integer(size) for size in em.facts.shape(node)], {})
+
+
+def _emit_alone(em: Emitter, node: fx.Node, heads: Form, shape: list[int], needs: dict[fx.Node, Layout]) -> fx.Node:
+    target = node.target
+    assert isinstance(target, Region)
+    if target.exit.target is SDPA:
+        rows, _, columns = attention_rows(em.facts, target)
+        forms: tuple[Form, ...] = (rows, None, columns)
+    else:
+        forms = (row_layout(em.facts, target), heads, None)
+    own = 0 if heads is None else em.local_length(heads)
+    program, inputs = write_tile(em, target, forms, shape, own)
+    values = (em.get(node.args[index], needs.get(node.args[index])) for index, _ in inputs)  # type: ignore[arg-type]
+    return em.call(run_tiles, (program.handle, *_seed(em, program.random), *values))
 
 
 def _over_fixed_keys(facts: Facts, node: fx.Node, given: dict[str, Any], layout: Layout) -> Sharding | None:
@@ -75,4 +167,4 @@ def _over_fixed_keys(facts: Facts, node: fx.Node, given: dict[str, Any], layout:
     return Sharding(needs, layout, kind="attention", note="local queries over fixed keys")
 
 
-RULES: dict[Any, Rule] = {aten.scaled_dot_product_attention.default: attention}
+RULES: dict[Any, Rule] = {SDPA: attention}

@@ -13,6 +13,7 @@ from torch import fx
 
 from lightning_autosp import collectives
 from lightning_autosp.compiler.emit import Emitter
+from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Rule, bound
 from lightning_autosp.compiler.rules.factories import factory
 from lightning_autosp.compiler.rules.generic import pointwise
@@ -39,6 +40,8 @@ _SOURCES = (_FACTORIES | _ELEMENTWISE | {aten.randperm.default, aten.multinomial
 def is_random(node: fx.Node) -> bool:
     """Whether the value differs from call to call (`dropout` in evaluation does not)."""
     target = node.target
+    if isinstance(target, Region):
+        return target.any(is_random)
     if target is aten.dropout.default:
         given = bound(node)
         return bool(given["train"] and given["p"] != 0)

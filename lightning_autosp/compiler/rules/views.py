@@ -14,7 +14,7 @@ from lightning_autosp.compiler.layout import Layout
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
 from lightning_autosp.compiler.rules.positions import pieces as pieces_of_sequence
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "VIEWS", "through_view"]
 
 aten = torch.ops.aten
 
@@ -26,17 +26,8 @@ def view(facts: Facts, node: fx.Node) -> Sharding | None:
     layout = facts.layout(source)
     if layout is None:
         return None
-    shape_in, shape_out = facts.shape(source), facts.shape(node)
-    before = sympy.prod(shape_in[: layout.dim]) * layout.outer
-    behind = sympy.prod(shape_in[layout.dim + 1 :]) * layout.inner
-    for dim in range(len(shape_out)):
-        outer = sympy.cancel(before / sympy.prod(shape_out[:dim]))
-        inner = sympy.cancel(behind / sympy.prod(shape_out[dim + 1 :]))
-        # A view keeps the number of elements, so this dimension then holds exactly `outer * length * inner`.
-        if _whole(outer) and _whole(inner):
-            out = Layout(dim, layout.span, outer, inner)
-            return Sharding({source: layout}, out, functools.partial(_reshape, layout=layout, out=out))
-    return None if layout.merged else _into_chunks(facts, node, source, layout)
+    out = through_view(facts.shape(source), facts.shape(node), layout)
+    return out and Sharding({source: layout}, out, functools.partial(_reshape, layout=layout, out=out))
 
 
 def _into_chunks(facts: Facts, node: fx.Node, source: fx.Node, layout: Layout) -> Sharding | None:
@@ -49,6 +40,19 @@ def _into_chunks(facts: Facts, node: fx.Node, source: fx.Node, layout: Layout) -
         if span is not None and before == 1 and length.is_Integer:
             need, out = Layout(layout.dim, span, inner=length), Layout(dim, span)
             return Sharding({source: need}, out, functools.partial(_reshape, layout=need, out=out))
+    return None
+
+
+def through_view(shape_in: tuple[sympy.Expr, ...], shape_out: tuple[sympy.Expr, ...], layout: Layout) -> Layout | None:
+    """Return where a view from one shape to another puts the positions a layout cuts; `None` if it tears them apart."""
+    before = sympy.prod(shape_in[: layout.dim]) * layout.outer
+    behind = sympy.prod(shape_in[layout.dim + 1 :]) * layout.inner
+    for dim in range(len(shape_out)):
+        outer = sympy.cancel(before / sympy.prod(shape_out[:dim]))
+        inner = sympy.cancel(behind / sympy.prod(shape_out[dim + 1 :]))
+        # A view keeps the number of elements, so this dimension then holds exactly `outer * length * inner`.
+        if _whole(outer) and _whole(inner):
+            return Layout(dim, layout.span, outer, inner)
     return None
 
 
@@ -100,14 +104,19 @@ def pieces(facts: Facts, node: fx.Node) -> Sharding | None:
     return Sharding({source: layout}, (out,) * len(node.meta["val"]))
 
 
+VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.view_as.default,
+    aten.reshape_as.default,
+}
+"""Operators that keep every element in its place and count them anew."""
+
 RULES: dict[Any, Rule] = {
-    aten.view.default: view,
-    aten.reshape.default: view,
-    aten._unsafe_view.default: view,
-    aten.flatten.using_ints: view,
-    aten.unflatten.int: view,
-    aten.view_as.default: view,
-    aten.reshape_as.default: view,
+    **dict.fromkeys(VIEWS, view),
     aten.expand.default: expand,
     aten.expand_as.default: expand,
     aten.chunk.default: pieces,

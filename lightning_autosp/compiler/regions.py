@@ -1,0 +1,253 @@
+"""Attention as one node: what is computed of every pair of positions, from queries, keys and mask up to the result.
+
+A captured step computes masks and, where attention is written out, scores: values with two sequence dimensions, of order `S x S`. A
+`Region` takes all of them that lead to one result out of the graph and stands there as one node. Its `body` says how it is
+computed; `tiling.py` cuts that to rows, so that no rank ever holds such a value whole.
+
+    softmax(q @ k.T + mask) @ v                   becomes   scaled_dot_product_attention(q, k, v, mask)
+    scaled_dot_product_attention(q, k, v, mask)   becomes   the same with the kernel's own flag, if the mask proves to be one
+                                                  or        region(q, k, v, what the mask is computed from)
+    softcap(q @ k.T) ... @ v                      becomes   region(q, k, v, ...)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lightning_autosp.attention.masks import MaskProof, prove_mask
+from lightning_autosp.compiler.capture import Captured, is_size
+from lightning_autosp.compiler.rule import bound
+from lightning_autosp.compiler.written_out import CONTRACTIONS, PRODUCTS, SDPA, SOFTMAX, insert, join_written_out
+
+__all__ = ["Region", "join_attention"]
+
+aten = torch.ops.aten
+_REDUCTIONS = {
+    aten.max.dim,
+    aten.amax.default,
+    aten.min.dim,
+    aten.amin.default,
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.logsumexp.default,
+}
+"""Values of rows that are read off the scores and go back into them: their maximum, say."""
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """The target of a node that stands for several.
+
+    Attributes:
+        body: Computes the value; its placeholders are the inputs, tensors first, in the order of the node's arguments, then sizes.
+        proof: Of the mask, where the last node is `scaled_dot_product_attention`.
+    """
+
+    body: fx.Graph
+    proof: MaskProof | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        raise NotImplementedError("a region is emitted, not called")
+
+    @property
+    def __name__(self) -> str:
+        return f"region_{self.exit.name}"
+
+    @property
+    def exit(self) -> fx.Node:
+        """The node that computes the value."""
+        node = self.body.output_node().args[0]
+        assert isinstance(node, fx.Node)
+        return node
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.body.nodes if node.op == "placeholder"]
+
+    def any(self, holds: Callable[[fx.Node], bool]) -> bool:
+        return any(holds(node) for node in self.body.nodes if node.op == "call_function")
+
+
+def join_attention(captured: Captured, can_be_tiled: Callable[[Region], bool]) -> None:
+    """Rewrite a captured graph so that nothing of order `S x S` is computed outside of regions, as far as is understood.
+
+    Args:
+        captured: The graph; changed in place.
+        can_be_tiled: Whether the rows of a region's value can be computed range after range.
+    """
+    for node in list(captured.graph.nodes):
+        if node.target in (aten.tril.default, aten.triu.default) and _is_square(captured, node):
+            _compare_positions(captured, node)
+    for node in list(captured.graph.nodes):
+        if node.target in PRODUCTS and not _is_square(captured, node) and _is_square(captured, node.args[0]):
+            join_written_out(captured, node)
+    for node in list(captured.graph.nodes):
+        if node.target is SDPA:
+            _use_flags(captured, node)
+        mask = bound(node)["attn_mask"] if node.target is SDPA else None
+        if mask is not None:
+            proof = prove_mask(mask, captured)
+            if _is_square(captured, mask):
+                _replace(captured, node, _cone(captured, node, [mask]), can_be_tiled, proof)
+        elif node.target in CONTRACTIONS and not _is_square(captured, node):
+            squares = [source for source in node.all_input_nodes if _is_square(captured, source)]
+            if squares and len(_sequence_dims(captured, node)) == 1:
+                _replace(captured, node, _cone(captured, node, squares), can_be_tiled)
+    for node in reversed(list(captured.graph.nodes)):
+        dead = node.op == "call_function" and not node.users and isinstance(node.target, torch._ops.OpOverload)
+        if dead and (not node.is_impure() or node.target is aten._assert_tensor_metadata.default):
+            captured.graph.erase_node(node)
+
+
+def _sequence_dims(captured: Captured, node: fx.Node) -> list[int]:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return []
+    return [dim for dim, size in enumerate(captured.shape(value)) if size.free_symbols & captured.symbols]
+
+
+def _is_square(captured: Captured, node: fx.Node) -> bool:
+    """Whether the node holds a number for every pair of positions."""
+    return len(_sequence_dims(captured, node)) >= 2
+
+
+# One region.
+
+
+def _cone(captured: Captured, exit_node: fx.Node, squares: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that compute values of pairs for `exit_node`, and what they read off each other."""
+
+    def belongs(node: fx.Node) -> bool:
+        return isinstance(node.target, torch._ops.OpOverload) and _is_square(captured, node)
+
+    cone = {exit_node}
+    pending = list(squares)
+    while pending:
+        node = pending.pop()
+        if node in cone or not belongs(node):
+            continue
+        cone.add(node)
+        pending += node.all_input_nodes
+        # Values of rows that come from scores (their maximum) and go back into them.
+        for source in node.all_input_nodes:
+            path = _read_off(captured, source)
+            cone.update(path)
+            pending += [value for one in path for value in one.all_input_nodes if _is_square(captured, value)]
+    return cone
+
+
+def _read_off(captured: Captured, node: fx.Node) -> list[fx.Node]:
+    """Return the nodes from a reduction of pairs to this value of positions; none if it is nothing of the kind."""
+    if _is_square(captured, node) or node.op != "call_function":
+        return []
+    if node.target in _REDUCTIONS:
+        return [node] if any(_is_square(captured, source) for source in node.all_input_nodes) else []
+    if node.target is operator.getitem or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        paths = [_read_off(captured, source) for source in node.all_input_nodes]
+        return [node, *(one for path in paths for one in path)] if any(paths) else []
+    return []
+
+
+def _is_costly(node: fx.Node) -> bool:
+    """Whether the node must not be computed twice: costly, or different every time."""
+    return node.target in CONTRACTIONS | SOFTMAX or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _replace(
+    captured: Captured,
+    exit_node: fx.Node,
+    cone: set[fx.Node],
+    can_be_tiled: Callable[[Region], bool],
+    proof: MaskProof | None = None,
+) -> None:
+    """Put one node in the place of a cone's last, unless its values are used elsewhere or its rows cannot be told apart."""
+    for node in cone - {exit_node}:
+        if _is_costly(node) and not all(user in cone or _only_asserts(user) for user in node.users):
+            return
+    ordered = [node for node in captured.graph.nodes if node in cone]
+    marks = [node for node in captured.graph.nodes if node.op == "call_function" and _is_mark(node)]
+    if proof is None and marks and _modes_between(captured, ordered[0], exit_node, marks):
+        return  # the scores are computed in another autocast or no_grad region than the result
+    inputs = dict.fromkeys(source for node in ordered for source in node.all_input_nodes if source not in cone)
+    tensors = [source for source in inputs if not is_size(source)]
+    if not all(isinstance(source.meta.get("val"), torch.Tensor) for source in tensors):
+        return
+    body = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for source in (*tensors, *(source for source in inputs if is_size(source))):
+        copies[source] = body.placeholder(source.name)
+        copies[source].meta = dict(source.meta)
+    for node in ordered:
+        copies[node] = body.node_copy(node, copies.__getitem__)
+    body.output(copies[exit_node])
+    region = Region(body, proof)
+    if not can_be_tiled(region):
+        return
+    with captured.graph.inserting_before(exit_node):
+        joined = captured.graph.call_function(region, tuple(tensors))  # type: ignore[arg-type]
+    joined.meta = dict(exit_node.meta)
+    exit_node.replace_all_uses_with(joined)
+    for node in reversed(ordered):
+        for user in list(node.users):
+            if _only_asserts(user):
+                captured.graph.erase_node(user)
+        if not node.users:
+            captured.graph.erase_node(node)
+
+
+def _only_asserts(node: fx.Node) -> bool:
+    return node.target is aten._assert_tensor_metadata.default
+
+
+def _is_mark(node: fx.Node) -> bool:
+    return node.target is torch._C._set_grad_enabled or getattr(node.target, "__module__", "") == torch.amp.autocast_mode.__name__
+
+
+def _modes_between(captured: Captured, first: fx.Node, last: fx.Node, marks: list[fx.Node]) -> bool:
+    return any(first < mark < last for mark in marks)
+
+
+# Rewrites.
+
+
+def _compare_positions(captured: Captured, node: fx.Node) -> None:
+    """Write a triangle as a comparison of row and column: every element then depends on its own place alone."""
+    given = bound(node)
+    source = given["self"]
+    device = source.meta["val"].device
+    rows, columns = source.meta["val"].shape[-2:]
+    with captured.graph.inserting_before(node):
+        sizes = [
+            insert(captured, aten.sym_size.int, source, dim, like=node) if isinstance(size, torch.SymInt) else size
+            for dim, size in ((source.meta["val"].ndim - 2, rows), (source.meta["val"].ndim - 1, columns))
+        ]
+        row, column = (insert(captured, aten.arange.default, size, device=device, like=node) for size in sizes)
+        row = insert(captured, aten.unsqueeze.default, row, 1, like=node)
+        limit = insert(captured, aten.add.Tensor, row, given["diagonal"], like=node)
+        lower = node.target is aten.tril.default
+        kept = insert(captured, aten.le.Tensor if lower else aten.ge.Tensor, column, limit, like=node)
+        zeros = insert(captured, aten.zeros_like.default, source, like=node)
+        new = insert(captured, aten.where.self, kept, source, zeros, like=node)
+    node.replace_all_uses_with(new)
+    captured.graph.erase_node(node)
+
+
+def _use_flags(captured: Captured, node: fx.Node) -> None:
+    """Drop a mask that proves to be one of the kernel's flags, or to mask nothing."""
+    given = bound(node)
+    if given["attn_mask"] is None:
+        return
+    proof = prove_mask(given["attn_mask"], captured)
+    rows, columns = captured.shape(given["query"].meta["val"])[-2], captured.shape(given["key"].meta["val"])[-2]
+    if proof.kind == "full" or (proof.kind == "causal" and rows == columns):
+        flag = proof.kind == "causal"
+        options = {"scale": given["scale"], "enable_gqa": given["enable_gqa"]}
+        node.args = (given["query"], given["key"], given["value"], None, given["dropout_p"], flag)
+        node.kwargs = options
+        node.meta["mask"] = proof.text + (", dropped for the kernel's own flag" if flag else ", dropped")

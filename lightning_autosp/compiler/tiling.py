@@ -1,0 +1,286 @@
+"""Which inputs of a region to cut for a part of its result, and the program that computes a range of rows.
+
+Cuts are found backwards, one axis at a time, by the same rules that find what is local to a rank: to compute rows of a result from
+rows of its inputs is the same claim, whether the rows are a rank's or a tile's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from lightning_autosp import _compat
+from lightning_autosp.attention import tiles
+from lightning_autosp.attention.masks import column_bounds
+from lightning_autosp.attention.tiles import Cut, TileProgram
+from lightning_autosp.compiler import rules
+from lightning_autosp.compiler.capture import Captured, is_size
+from lightning_autosp.compiler.layout import Layout, span_of
+from lightning_autosp.compiler.locality import is_pointwise
+from lightning_autosp.compiler.plan import Form
+from lightning_autosp.compiler.regions import Region
+from lightning_autosp.compiler.rule import Facts, tensor_inputs
+from lightning_autosp.compiler.rules import factories, views
+from lightning_autosp.compiler.rules.generic import broadcast_needs
+from lightning_autosp.compiler.rules.random import is_random
+from lightning_autosp.compiler.written_out import SDPA
+
+__all__ = ["Key", "attention_rows", "can_be_tiled", "row_layout", "trace", "write_tile"]
+
+aten = torch.ops.aten
+Key = tuple[fx.Node, tuple[Form, ...]]
+"""A node and how its value is cut, along one axis after the other."""
+
+_SIZED = {aten.expand.default, aten.expand_as.default} | views.VIEWS | factories.RULES.keys()
+"""Operators that are given a shape: that of the part, then."""
+
+
+def row_layout(facts: Facts, region: Region) -> Layout:
+    """Return the cut of a region's value into rows."""
+    (dim,) = facts.sequence_dims(region.exit)
+    return Layout(dim, span_of(facts.shape(region.exit)[dim]))
+
+
+def attention_rows(facts: Facts, region: Region) -> tuple[Form, Form, Form]:
+    """Return the cuts of a `scaled_dot_product_attention`: rows, heads, columns.
+
+    Columns are no dimension of its value: their layout has the number behind the last.
+    """
+    given = region.exit.args
+    query, key = (facts.shape(node) for node in given[:2])  # type: ignore[arg-type]
+    ndim = len(query)
+    heads = Layout(ndim - 3, span_of(query[-3])) if ndim > 2 else None
+    return Layout(ndim - 2, span_of(query[-2])), heads, Layout(ndim, span_of(key[-2]))
+
+
+def can_be_tiled(captured: Captured, region: Region) -> bool:
+    """Whether a range of rows of a region's value can be computed from rows of its inputs, or whole ones."""
+    facts = Facts(captured, captured.symbols, _compat.mesh_without_group(2))
+    if region.exit.target is SDPA:
+        return trace(facts, region, attention_rows(facts, region)) is not None
+    return trace(facts, region, (row_layout(facts, region),)) is not None
+
+
+def trace(facts: Facts, region: Region, wanted: tuple[Form, ...]) -> dict[Key, dict[fx.Node, tuple[Form, ...]]] | None:
+    """Find how every value of a region is cut if its result is.
+
+    Args:
+        facts: What is known of the graph.
+        region: The region.
+        wanted: How its result is cut, axis by axis. Axes are independent of each other.
+
+    Returns:
+        For every value that is computed or read, how its inputs are cut, in the order they can be computed; `None` if a part of the
+        result needs more than parts.
+    """
+    found: dict[Key, dict[fx.Node, tuple[Form, ...]]] = {}
+    pending = [(region.exit, wanted)]
+    while pending:
+        key = pending.pop()
+        node, forms = key
+        if key in found:
+            continue
+        found[key] = {}
+        if node.op == "placeholder":
+            continue
+        axes = [_inputs(facts, node, form) for form in forms]
+        for source in tensor_inputs(_operator(node)):
+            cut: list[Form] = []
+            for axis in axes:
+                if axis is None:
+                    return None
+                cut.append(axis.get(source))
+            found[key][source] = tuple(cut)
+        if any(axis is None for axis in axes):
+            return None
+        pending += found[key].items()
+    order = {node: index for index, node in enumerate(region.body.nodes)}
+    return dict(sorted(found.items(), key=lambda pair: order[pair[0][0]]))
+
+
+def _operator(node: fx.Node) -> fx.Node:
+    """Return what computes a value: for one of several results, the operator that gives them."""
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _inputs(facts: Facts, node: fx.Node, wanted: Form) -> dict[fx.Node, Layout] | None:
+    """Return which inputs to cut, and how, so that the operator gives that part of its result; `None` if it does not."""
+    if wanted is None:
+        return {}
+    item = node.args[1] if node.target is operator.getitem else None
+    node = _operator(node)
+    target = node.target
+    if target is SDPA:
+        return _attention_inputs(facts, node, wanted)
+    if target in factories.RULES:
+        return {}
+    if target in (aten.expand.default, aten.expand_as.default):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        shape = facts.shape(source)
+        dim = wanted.dim - (len(facts.shape(node)) - len(shape))
+        return {} if dim < 0 or shape[dim] == 1 else {source: wanted.at(dim)}
+    if target in views.VIEWS:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        back = views.through_view(facts.shape(node), facts.shape(source), wanted)
+        return None if back is None else {source: back}
+    if _takes_all(facts, node):
+        return {node.all_input_nodes[0]: wanted}
+    sources = tensor_inputs(node)
+    if is_pointwise(target):
+        return broadcast_needs(facts, sources, wanted, len(facts.shape(node)) - wanted.dim)
+    choices = [_ways(facts, source, wanted) for source in sources]
+    for layouts in itertools.product(*choices):
+        with facts.assuming(dict(zip(sources, layouts, strict=True))):
+            sharding = rules.find(facts, node)
+        if sharding is None or sharding.kind != "local":
+            continue
+        if sharding.emit is not None and not (target is aten.cat.default and _cat_dim(facts, node) != wanted.dim):
+            continue  # it depends on the rank
+        output = sharding.output[item] if isinstance(sharding.output, tuple) else sharding.output  # type: ignore[index]
+        if output == wanted:
+            return dict(sharding.needs)
+    return None
+
+
+def _ways(facts: Facts, source: fx.Node, wanted: Layout) -> list[Form]:
+    """Return the cuts an input may have, those of dimensions as far from the last as the result's first."""
+    shape = facts.shape(source)
+    dims = [dim for dim, size in enumerate(shape) if size == wanted.size]
+    return [wanted.at(dim) for dim in sorted(dims, key=lambda dim: dim != wanted.dim)] + [None]
+
+
+def _cat_dim(facts: Facts, node: fx.Node) -> int:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return int(dim) % len(facts.shape(node))  # type: ignore[arg-type]
+
+
+def _takes_all(facts: Facts, node: fx.Node) -> bool:
+    """Whether the operator is a slice of everything."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return facts.shape(source) == facts.shape(node)
+
+
+def _attention_inputs(facts: Facts, node: fx.Node, wanted: Layout) -> dict[fx.Node, Layout]:
+    query, key, value, mask = (node.args[i] for i in range(4))
+    ndim = len(facts.shape(query))  # type: ignore[arg-type]
+    back = wanted.dim - ndim  # -2: rows, -3: heads, 0: columns
+    needs: dict[fx.Node, Layout] = {}
+    if back == -2:
+        needs[query] = wanted  # type: ignore[index]
+    elif back == 0:
+        needs |= {key: wanted.at(ndim - 2), value: wanted.at(ndim - 2)}  # type: ignore[dict-item]
+    # Heads of queries, keys and values are the caller's matter: there may be fewer of the latter.
+    if isinstance(mask, fx.Node):
+        shape = facts.shape(mask)
+        dim = len(shape) + (-1 if back == 0 else back)
+        if dim >= 0 and shape[dim] != 1:
+            needs[mask] = wanted.at(dim)
+    return needs
+
+
+def write_tile(
+    em: Any, region: Region, forms: tuple[Form, ...], shape: list[int], own_heads: int = 0
+) -> tuple[TileProgram, list[tuple[int, int | None]]]:
+    """Write the program that computes a range of rows of a region's result.
+
+    Args:
+        em: The emitter; knows sizes.
+        region: The region.
+        forms: How its result is cut: rows, heads (`None`: not), columns (`None`: a tile has all).
+        shape: Of the result on this rank.
+        own_heads: Heads on this rank.
+
+    Returns:
+        The program, and for each of its inputs which of the region's it is and the dimension of its heads, if they are cut.
+    """
+    facts: Facts = em.facts
+    traced = trace(facts, region, forms)
+    assert traced is not None
+    rows, heads, columns = forms
+    assert rows is not None
+    graph = fx.Graph()
+    numbers = {"rows": graph.placeholder("num_rows"), "columns": graph.placeholder("num_columns")}
+    placeholders = region.placeholders
+    inputs: list[tuple[int, int | None]] = []
+    cuts: list[Cut] = []
+    env: dict[Key, Any] = {}
+    largest = 1
+
+    def local_shape(node: fx.Node, cut: tuple[Form, ...]) -> list[Any]:
+        sizes: list[Any] = [em.integer(size) for size in facts.shape(node)]
+        by_rows, by_heads, by_columns = cut
+        if by_heads is not None:
+            sizes[by_heads.dim] = em.integer(by_heads.outer) * own_heads * em.integer(by_heads.inner)
+        if by_rows is not None:
+            sizes[by_rows.dim] = numbers["rows"]
+        if by_columns is not None:
+            sizes[by_columns.dim] = numbers["columns"]
+        return sizes
+
+    for key, needs in traced.items():
+        node, cut = key
+        if node.op == "placeholder":
+            by_rows, by_heads, by_columns = cut
+            env[key] = graph.placeholder(f"input_{len(inputs)}")
+            inputs.append((placeholders.index(node), None if by_heads is None else by_heads.dim))
+            cuts.append(Cut(None if by_rows is None else by_rows.dim, None if by_columns is None else by_columns.dim))
+            continue
+
+        def one(source: fx.Node, needs: Mapping[fx.Node, tuple[Form, ...]] = needs) -> Any:
+            return em.number(source) if is_size(source) else env[source, needs[source]]
+
+        made = _operator(node)
+        args, kwargs = fx.map_arg((made.args, made.kwargs), one)
+        if made.target in _SIZED:
+            sizes = local_shape(node, cut)
+            if made.target in factories.RULES:
+                index = [argument.name for argument in made.target._schema.arguments].index("size")  # type: ignore[union-attr]
+                value = graph.call_function(made.target, (*args[:index], sizes, *args[index + 1 :]), kwargs)  # type: ignore[arg-type]
+            else:
+                expands = made.target in (aten.expand.default, aten.expand_as.default)
+                value = graph.call_function(aten.expand.default if expands else aten.reshape.default, (args[0], sizes))
+        elif _takes_all(facts, made):
+            value = args[0]
+        else:
+            value = graph.call_function(made.target, args, kwargs)  # type: ignore[arg-type]
+        if node is not made:
+            value = graph.call_function(operator.getitem, (value, node.args[1]))
+        env[key] = value
+        if len(facts.sequence_dims(node)) > 1:
+            sizes = local_shape(node, cut)
+            known = [size for size in sizes if isinstance(size, int)]
+            width = em.integer(facts.shape(node)[cut[2].dim]) if cut[2] is not None else 1
+            largest = max(largest, width * int(torch.Size(known).numel()))
+    graph.output(env[region.exit, forms])
+    tile_rows = max(1, tiles.TILE_ELEMENTS // largest)
+    proof = region.proof
+    program = TileProgram(
+        module=fx.GraphModule({}, graph),
+        cuts=tuple(cuts),
+        shape=tuple(shape),
+        dtype=region.exit.meta["val"].dtype,
+        row_dim=rows.dim,
+        num_columns=0 if columns is None else em.integer(columns.size),
+        tile_rows=tile_rows - tile_rows % 64 if tile_rows > 64 else tile_rows,
+        columns=column_bounds(proof, em.sizes) if proof is not None and columns is not None else None,
+        random=region.any(is_random),
+        autocast=_autocast(region.exit.meta["val"].device.type),
+    )
+    return program, inputs
+
+
+def _autocast(device: str) -> tuple[str, torch.dtype, bool]:
+    """Return the autocast that is in force: a program runs after it was left."""
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
