@@ -100,8 +100,8 @@ def join_attention(captured: Captured, can_be_tiled: Callable[[Region], bool]) -
             if squares and len(_sequence_dims(captured, node)) == 1:
                 _replace(captured, node, _cone(captured, node, squares), can_be_tiled)
     for node in reversed(list(captured.graph.nodes)):
-        dead = node.op == "call_function" and not node.users and isinstance(node.target, torch._ops.OpOverload)
-        if dead and (not node.is_impure() or node.target is aten._assert_tensor_metadata.default):
+        computes = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        if computes and not node.users and (_only_asserts(node) or not node.is_impure(impure_random=False)):
             captured.graph.erase_node(node)
 
 

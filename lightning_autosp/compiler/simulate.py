@@ -26,18 +26,23 @@ _JOIN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class _Meeting:
-    """Every rank puts a value in and takes all values out."""
+    """Every rank puts a value in and takes all values out. Between meetings one rank runs at a time: they share a random state."""
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
+        self.turn = threading.Lock()
         self._barrier = threading.Barrier(num_ranks)
         self._values: list[Any] = [None] * num_ranks
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self._values[rank] = value
-        self._barrier.wait()
-        values = list(self._values)
-        self._barrier.wait()
+        self.turn.release()
+        try:
+            self._barrier.wait()
+            values = list(self._values)
+            self._barrier.wait()
+        finally:
+            self.turn.acquire()
         return values
 
     def abort(self) -> None:
@@ -93,7 +98,7 @@ def run_ranks(num_ranks: int, work: Callable[[int], T]) -> list[T]:
 
     def thread(rank: int) -> None:
         try:
-            with _Collectives(rank, meeting):
+            with meeting.turn, _Collectives(rank, meeting):
                 results[rank] = work(rank)
         except BaseException as error:  # noqa: BLE001 -- raised again below
             if not isinstance(error, threading.BrokenBarrierError):
