@@ -212,7 +212,7 @@ def test_columns_that_nothing_attends_to_are_left_out(monkeypatch: pytest.Monkey
     net(x)
     assert_exact(net, (x,), net)
     program = tiles._PROGRAMS[max(tiles._PROGRAMS)]
-    assert [tile for tile in program.tiles()] == [(0, 4, 0, 4), (4, 8, 0, 8), (8, 12, 4, 12), (12, 13, 8, 13)]
+    assert list(program.tiles()) == [(0, 4, 0, 4), (4, 8, 0, 8), (8, 12, 4, 12), (12, 13, 8, 13)]
 
 
 def test_a_mask_of_pairs_that_comes_with_the_batch_is_kept() -> None:

@@ -108,9 +108,9 @@ JOINED: dict[str, Written] = {
     ),
     "window": lambda n, q, k, v: dots(q, k).masked_fill(~window(q), float("-inf")).softmax(-1) @ v,
     "no_dropout": lambda n, q, k, v: F.dropout(dots(q, k).softmax(-1), 0.3, training=False) @ v,
-    "by_bmm_alone": lambda n, q, k, v: (
-        torch.bmm(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1)).unflatten(0, (-1, HEADS))
-    ),
+    "by_bmm_alone": lambda n, q, k, v: torch.bmm(
+        torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1)
+    ).unflatten(0, (-1, HEADS)),
 }
 
 # What no kernel has a flag for: regions, in tiles.

@@ -4,6 +4,9 @@
 |-----------------|----------------------------------------------------------------------|
 | `capture.py`    | Dynamo's graph, normalised to functional ATen with symbolic shapes   |
 | `scalars.py`    | numbers read from tensors stay tensors                               |
+| `written_out.py`| attention that is written out, as the operator it is                 |
+| `regions.py`    | attention and its mask as one node                                   |
+| `tiling.py`     | rows of such a node from rows of its inputs                          |
 | `layout.py`     | where the sequence is in a tensor and which part each rank owns      |
 | `locality.py`   | asks PyTorch whether an operator is local                            |
 | `rules/`        | how operators run on shards, one file a family                       |

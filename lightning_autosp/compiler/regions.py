@@ -40,7 +40,7 @@ _REDUCTIONS = {
 """Values of rows that are read off the scores and go back into them: their maximum, say."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Region:
     """The target of a node that stands for several.
 
@@ -55,9 +55,12 @@ class Region:
     def __call__(self, *inputs: Any) -> Any:
         raise NotImplementedError("a region is emitted, not called")
 
+    def __repr__(self) -> str:
+        return f"attention ending in {self.exit.target}"
+
     @property
     def __name__(self) -> str:
-        return f"region_{self.exit.name}"
+        return "attention_region"
 
     @property
     def exit(self) -> fx.Node:

@@ -243,6 +243,7 @@ def write_tile(
 
         made = _operator(node)
         args, kwargs = fx.map_arg((made.args, made.kwargs), one)
+        value: Any
         if made.target in _SIZED:
             sizes = local_shape(node, cut)
             if made.target in factories.RULES:

@@ -44,8 +44,8 @@ class MismatchError(AssertionError):
 def programs(num_ranks: int | None = None) -> st.SearchStrategy[Program]:
     """Draw programs, for two to five ranks or as many as given.
 
-    One string of bytes makes a program. Hypothesis draws it evenly (of a structure of many draws it would repeat parts) and shrinks it
-    towards zeros, which stand for no operator and for the simplest choices.
+    One string of bytes makes a program. Hypothesis draws it evenly (it would repeat parts of a structure of many draws) and shrinks
+    it towards zeros, which stand for no operator and for the simplest choices.
     """
     size = HEADER_BYTES + TAIL_BYTES + NUM_GENES * (1 + CHOICE_BYTES)
     return st.binary(min_size=size, max_size=size).map(lambda drawn: decode(drawn, num_ranks))

@@ -27,7 +27,9 @@ def view(facts: Facts, node: fx.Node) -> Sharding | None:
     if layout is None:
         return None
     out = through_view(facts.shape(source), facts.shape(node), layout)
-    return out and Sharding({source: layout}, out, functools.partial(_reshape, layout=layout, out=out))
+    if out is None:
+        return None if layout.merged else _into_chunks(facts, node, source, layout)
+    return Sharding({source: layout}, out, functools.partial(_reshape, layout=layout, out=out))
 
 
 def _into_chunks(facts: Facts, node: fx.Node, source: fx.Node, layout: Layout) -> Sharding | None:
