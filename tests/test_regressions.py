@@ -54,3 +54,14 @@ CASES: dict[str, Callable[..., Any]] = {
 def test_same_as_one_device(name: str, num_ranks: int) -> None:
     net = Net(CASES[name])
     assert_exact(net, (torch.randint(0, V, (B, 13)),), net, num_ranks=num_ranks)
+
+
+def test_data_is_cut_like_samples_merged_with_positions() -> None:
+    """The merged dimension's size follows the length, though samples are cut, not positions."""
+
+    def body(net: Net, x: Tensor, ids: Tensor) -> Tensor:
+        y = x.cumsum(0).flatten(0, 1)
+        return (y * torch.arange(y.shape[0]).double().cos()[:, None]).square().mean()
+
+    net = Net(body)
+    assert_exact(net, (torch.randint(0, V, (17, 3)),), net, num_ranks=3, sequence_dim=0)

@@ -73,8 +73,7 @@ def compare(program: Program) -> str:
     """Compare one program on simulated ranks with one device.
 
     Returns:
-        `"exact"`, or why there was nothing to compare: `"ill-conditioned"`, `"not one graph"` if Dynamo cannot trace the step,
-        `"too short"` if a rank would have no position.
+        `"exact"`, or why there was nothing to compare: `"ill-conditioned"`, `"not one graph"` if Dynamo cannot trace the step.
 
     Raises:
         MismatchError: If outputs or gradients differ or the lowered step fails.
@@ -90,8 +89,6 @@ def compare(program: Program) -> str:
         with mock.patch("threading.Barrier", functools.partial(threading.Barrier, timeout=RANK_TIMEOUT_S)):
             assert_exact(function, inputs, net, **options)
     except Exception as error:
-        if type(error).__name__ == "ShardTooShortError":
-            return "too short"
         if not isinstance(error, AssertionError) and not _is_traceable(function, inputs):
             return "not one graph"
         raise MismatchError(program, error) from error

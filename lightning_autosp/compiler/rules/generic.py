@@ -20,14 +20,17 @@ __all__ = ["ask_pytorch", "broadcast_needs", "generic", "pointwise"]
 
 aten = torch.ops.aten
 
-# Operators whose DTensor answer "average the partial results" is true of every position alike. A weighted mean (any loss that
-# ignores targets) gets the same answer and is not, so it needs a rule of its own.
 # Operators that take rows of one input and all of another.
 CONTRACTIONS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default, aten.baddbmm.default}
 
 _POSITIONS = 4
 """Positions a rank has when PyTorch is asked."""
 
+_OTHER_SIZE = 12
+"""What a symbol that is not cut stands for then: no quotient by a small number is zero."""
+
+# Operators whose DTensor answer "average the partial results" is true of every position alike. A weighted mean (any loss that
+# ignores targets) gets the same answer and is not, so it needs a rule of its own.
 TRUE_MEANS = {aten.mean.default, aten.mean.dim}
 
 
@@ -97,7 +100,10 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
             return None
     if any(facts.expr(n).free_symbols & facts.symbols for n in node.all_input_nodes if is_size(n)):
         return None  # a size argument: it would have to be made local, which only a rule knows how to do
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _argument(facts, n, needs.get(n), layout))
+    try:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _argument(facts, n, needs.get(n), layout))
+    except ZeroDivisionError:  # a size that small numbers for the symbols do not have
+        return None
     placements = placements_of(node.target, args, kwargs, facts.mesh)
     if placements is None:
         return None
@@ -123,11 +129,13 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
 def _argument(facts: Facts, node: fx.Node, layout: Layout | None, reference: Layout) -> Any:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        shape = [_representative(size, reference, facts.mesh.size()) for size in facts.shape(node)]
+        ranks = facts.mesh.size()
+        shape = [_representative(size, reference, ranks) for size in facts.shape(node)]
         if layout is None:
             return Argument(tuple(shape), value.dtype)
         if not layout.along_sequence:  # cut into parts of more than one position, which nothing can be broadcast to
-            shape[layout.dim] = int(layout.outer) * _POSITIONS * facts.mesh.size() * int(layout.inner)
+            around = _representative(layout.outer * layout.inner, reference, ranks)
+            shape[layout.dim] = around * _POSITIONS * ranks
         return Argument(tuple(shape), value.dtype, layout.dim)
     if is_size(node):
         return int(_representative(facts.expr(node), reference, facts.mesh.size()))
@@ -141,5 +149,5 @@ def _representative(size: sympy.Expr, layout: Layout, num_ranks: int) -> int:
     if size == layout.size and layout.along_sequence and not layout.merged:
         return length
     values = dict.fromkeys(span.base.free_symbols, length - span.end + span.begin)
-    values.update({symbol: 2 for symbol in size.free_symbols if symbol not in values})
+    values.update({symbol: _OTHER_SIZE for symbol in size.free_symbols if symbol not in values})
     return int(size.xreplace(values))
