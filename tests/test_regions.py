@@ -78,6 +78,13 @@ def by_bmm(net: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(weights, v3).view_as(q)
 
 
+def by_baddbmm(net: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q3, k3, v3 = (x.flatten(0, 1) for x in (q, k, v))
+    mask = torch.full((q.shape[2], k.shape[2]), float("-inf"), dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(mask.expand(q3.shape[0], -1, -1), q3, k3.transpose(1, 2))
+    return torch.bmm(scores.softmax(-1), v3).view_as(q)
+
+
 def retention(net: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     row, column = row_column(q)
     decay = torch.where(column <= row, net.slopes.view(-1, 1, 1).sigmoid() ** (row - column).clamp(min=0), 0.0)
@@ -108,6 +115,7 @@ JOINED: dict[str, Written] = {
     ),
     "window": lambda n, q, k, v: dots(q, k).masked_fill(~window(q), float("-inf")).softmax(-1) @ v,
     "no_dropout": lambda n, q, k, v: F.dropout(dots(q, k).softmax(-1), 0.3, training=False) @ v,
+    "by_baddbmm": by_baddbmm,
     "by_bmm_alone": lambda n, q, k, v: torch.bmm(
         torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1)
     ).unflatten(0, (-1, HEADS)),

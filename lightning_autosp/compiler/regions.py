@@ -84,9 +84,12 @@ def join_attention(captured: Captured, can_be_tiled: Callable[[Region], bool]) -
         captured: The graph; changed in place.
         can_be_tiled: Whether the rows of a region's value can be computed range after range.
     """
+    _drop_dead(captured)
     for node in list(captured.graph.nodes):
         if node.target in (aten.tril.default, aten.triu.default) and _is_square(captured, node):
             _compare_positions(captured, node)
+        elif node.target is aten.baddbmm.default and _is_square(captured, node):
+            _add_apart(captured, node)
     for node in list(captured.graph.nodes):
         if node.target in PRODUCTS and not _is_square(captured, node) and _is_square(captured, node.args[0]):
             join_written_out(captured, node)
@@ -102,9 +105,15 @@ def join_attention(captured: Captured, can_be_tiled: Callable[[Region], bool]) -
             squares = [source for source in node.all_input_nodes if _is_square(captured, source)]
             if squares and len(_sequence_dims(captured, node)) == 1:
                 _replace(captured, node, _cone(captured, node, squares), can_be_tiled)
+    _drop_dead(captured)
+
+
+def _drop_dead(captured: Captured) -> None:
+    """Erase what nothing reads, and checks of what a tensor is: they would count as readers."""
     for node in reversed(list(captured.graph.nodes)):
         computes = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-        if computes and not node.users and (_only_asserts(node) or not node.is_impure(impure_random=False)):
+        checks = node.target is aten._assert_tensor_metadata.default
+        if computes and not node.users and (checks or not node.is_impure(impure_random=False)):
             captured.graph.erase_node(node)
 
 
@@ -171,12 +180,13 @@ def _replace(
 ) -> None:
     """Put one node in the place of a cone's last, unless its values are used elsewhere or its rows cannot be told apart."""
     for node in cone - {exit_node}:
-        if _is_costly(node) and not all(user in cone or _only_asserts(user) for user in node.users):
+        if _is_costly(node) and not all(user in cone for user in node.users):
             return
     ordered = [node for node in captured.graph.nodes if node in cone]
-    marks = [node for node in captured.graph.nodes if node.op == "call_function" and _is_mark(node)]
-    if proof is None and marks and _modes_between(captured, ordered[0], exit_node, marks):
-        return  # the scores are computed in another autocast or no_grad region than the result
+    modes = _modes(captured)
+    computed = [node for node in ordered if _is_costly(node) or node is exit_node]
+    if len({modes[node] for node in computed}) > 1 or modes[exit_node][1]:
+        return  # scores and result in different modes, or in an autocast region, which would have to stand within the node
     inputs = dict.fromkeys(source for node in ordered for source in node.all_input_nodes if source not in cone)
     tensors = [source for source in inputs if not is_size(source)]
     if not all(isinstance(source.meta.get("val"), torch.Tensor) for source in tensors):
@@ -197,23 +207,21 @@ def _replace(
     joined.meta = dict(exit_node.meta)
     exit_node.replace_all_uses_with(joined)
     for node in reversed(ordered):
-        for user in list(node.users):
-            if _only_asserts(user):
-                captured.graph.erase_node(user)
         if not node.users:
             captured.graph.erase_node(node)
 
 
-def _only_asserts(node: fx.Node) -> bool:
-    return node.target is aten._assert_tensor_metadata.default
-
-
-def _is_mark(node: fx.Node) -> bool:
-    return node.target is torch._C._set_grad_enabled or getattr(node.target, "__module__", "") == torch.amp.autocast_mode.__name__
-
-
-def _modes_between(captured: Captured, first: fx.Node, last: fx.Node, marks: list[fx.Node]) -> bool:
-    return any(first < mark < last for mark in marks)
+def _modes(captured: Captured) -> dict[fx.Node, tuple[bool, int]]:
+    """Return for every node whether gradients are recorded there, and how many autocast regions it stands in."""
+    grad, autocasts = True, 0
+    modes = {}
+    for node in captured.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            grad = bool(node.args[0])
+        autocasts += node.target is torch.amp.autocast_mode._enter_autocast
+        autocasts -= node.target is torch.amp.autocast_mode._exit_autocast
+        modes[node] = grad, autocasts
+    return modes
 
 
 # Rewrites.
@@ -237,6 +245,18 @@ def _compare_positions(captured: Captured, node: fx.Node) -> None:
         kept = insert(captured, aten.le.Tensor if lower else aten.ge.Tensor, column, limit, like=node)
         zeros = insert(captured, aten.zeros_like.default, source, like=node)
         new = insert(captured, aten.where.self, kept, source, zeros, like=node)
+    node.replace_all_uses_with(new)
+    captured.graph.erase_node(node)
+
+
+def _add_apart(captured: Captured, node: fx.Node) -> None:
+    """Write a product with a sum as a product and a sum."""
+    given = bound(node)
+    if (given["beta"], given["alpha"]) != (1, 1):
+        return
+    with captured.graph.inserting_before(node):
+        product = insert(captured, aten.bmm.default, given["batch1"], given["batch2"], like=node)
+        new = insert(captured, aten.add.Tensor, product, given["self"], like=node)
     node.replace_all_uses_with(new)
     captured.graph.erase_node(node)
 

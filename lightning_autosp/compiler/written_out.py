@@ -96,7 +96,7 @@ def join_written_out(captured: Captured, node: fx.Node) -> None:
     if len({shape[:-2] for shape in shapes}) > 1 or len(shapes[0]) < 3:
         return  # operands that are broadcast, or have no heads
     readers = {*chain.nodes, node}
-    if any(user not in readers for one in chain.nodes for user in one.users if not _only_asserts(user)):
+    if any(user not in readers for one in chain.nodes for user in one.users):
         return  # the scores or the weights are wanted themselves
     with captured.graph.inserting_before(node):
         key = insert(captured, aten.transpose.int, key, -2, -1, like=chain.end)
@@ -154,7 +154,3 @@ def _number(value: Any) -> float | None:
     if isinstance(value, fx.Node) and value.target in (aten.full.default, aten.scalar_tensor.default):
         value = value.args[-1] if value.args[0] == [] or value.target is aten.scalar_tensor.default else None
     return float(value) if isinstance(value, (int, float)) else None
-
-
-def _only_asserts(node: fx.Node) -> bool:
-    return node.target is aten._assert_tensor_metadata.default
