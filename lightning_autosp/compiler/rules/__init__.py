@@ -12,7 +12,19 @@ from torch import fx
 
 from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding
-from lightning_autosp.compiler.rules import attention, factories, indexing, loss, positions, random, reductions, views, windows
+from lightning_autosp.compiler.rules import (
+    attention,
+    factories,
+    indexing,
+    loss,
+    positions,
+    random,
+    reductions,
+    scans,
+    statistics,
+    views,
+    windows,
+)
 from lightning_autosp.compiler.rules.generic import generic
 
 __all__ = ["find"]
@@ -26,6 +38,8 @@ _families: dict[Any, Rule] = {
     **attention.RULES,
     **random.RULES,
     **positions.RULES,
+    **scans.RULES,
+    **statistics.RULES,
     **windows.RULES,
 }
 

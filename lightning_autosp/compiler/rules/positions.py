@@ -269,11 +269,30 @@ def repeat_interleave(facts: Facts, node: fx.Node) -> Sharding | None:
     return Sharding({source: layout}, out, emit) if facts.shape(node)[out.dim] == out.size else None
 
 
+def triangle(facts: Facts, node: fx.Node) -> Sharding | None:
+    """`tril` and `triu` of rows or columns: the diagonal is elsewhere in every part."""
+    source: Any = node.args[0]
+    layout, rows = facts.layout(source), len(facts.shape(source)) - 2
+    if layout is None or (layout.dim >= rows and layout.outer != 1):
+        return None
+    if layout.dim < rows:
+        return Sharding({source: layout}, layout)
+
+    def emit(em: Emitter, n: fx.Node) -> fx.Node:
+        start = em.cuts(layout)[em.group.rank][0]
+        diagonal = em.value(bound(n)["diagonal"]) + (start if layout.dim == rows else -start)
+        return em.call(n.target, (em.get(source, layout), diagonal))
+
+    return Sharding({source: layout}, layout, emit)
+
+
 RULES: dict[Any, Rule] = {
     aten.roll.default: roll,
     aten.flip.default: flip,
     aten.slice_scatter.default: overwrite,
     aten.select_scatter.default: overwrite,
+    aten.tril.default: triangle,
+    aten.triu.default: triangle,
     aten.repeat.default: repeat,
     aten.tile.default: repeat,
     aten.repeat_interleave.self_int: repeat_interleave,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -14,7 +17,7 @@ from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
 from lightning_autosp.compiler.rules.generic import ask_pytorch
 from lightning_autosp.compiler.rules.partial import finish_partial
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "moments_across", "widened"]
 
 aten = torch.ops.aten
 
@@ -72,6 +75,62 @@ def _extremum_and_index(minimum: bool) -> Any:
     return join
 
 
+def _index_of_extremum(minimum: bool) -> Any:
+    def join(facts: Facts, node: fx.Node, source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding | None:
+        if layout.merged or len(dims) > 1 or facts.has_sequence(node):
+            return None
+
+        def emit(em: Emitter, n: fx.Node) -> fx.Node:
+            args = (em.get(source, layout), dims[0], keepdim, em.bounds(layout)[em.group.rank][0], em.group)
+            return em.call(operator.getitem, (em.call(max_with_index, args, {"minimum": minimum}), 1))
+
+        return Sharding({source: layout}, None, emit, kind="reduction")
+
+    return join
+
+
+def _finished(across: Any, *names: str) -> Any:
+    """Finish by `across(x, dims, keepdim, group)`, which is given those of the operator's arguments by name as well."""
+
+    def join(facts: Facts, node: fx.Node, source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding | None:
+        if facts.has_sequence(node):
+            return None
+
+        def emit(em: Emitter, n: fx.Node) -> fx.Node:
+            given = bound(n)
+            args = (em.get(source, layout), dims, keepdim, em.group)
+            return em.call(across, args, {name: given[name] for name in names})
+
+        return Sharding({source: layout}, None, emit, kind="reduction")
+
+    return join
+
+
+def _norm(facts: Facts, node: fx.Node, source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding | None:
+    if not 1 <= bound(node)["ord"] < math.inf:
+        return None  # no norm of norms
+    return _finished(norm_across, "ord", "dtype")(facts, node, source, layout, dims, keepdim)  # type: ignore[no-any-return]
+
+
+def _spread(root: bool) -> Any:
+    """Finish a variance or, its root, a standard deviation."""
+
+    def join(facts: Facts, node: fx.Node, source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding | None:
+        given = bound(node)
+        correction = given.get("correction", int(given.get("unbiased", True)))
+        if facts.has_sequence(node) or source.meta["val"].is_complex():
+            return None
+
+        def emit(em: Emitter, n: fx.Node) -> fx.Node:
+            count = em.integer(sympy.prod([facts.shape(source)[dim] for dim in dims]))
+            args = (em.get(source, layout), dims, keepdim, count, 1 if correction is None else correction, em.group)
+            return em.call(variance_across, args, {"root": root})
+
+        return Sharding({source: layout}, None, emit, kind="reduction")
+
+    return join
+
+
 def _truth(every: bool) -> Any:
     def join(facts: Facts, node: fx.Node, source: fx.Node, layout: Any, dims: tuple[int, ...], keepdim: bool) -> Sharding:
         def emit(em: Emitter, n: fx.Node) -> fx.Node:
@@ -115,6 +174,57 @@ def truth_across(x: Tensor, dims: tuple[int, ...], keepdim: bool, group: Group, 
     return found.logical_not() if every else found
 
 
+def widened(x: Tensor) -> Tensor:
+    """Return `x` in the type that PyTorch computes statistics of it in."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def moments_across(x: Tensor, dims: tuple[int, ...], count: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Return the mean over `dims`, which are kept, and the sum of squared distances from it.
+
+    Args:
+        x: This rank's part.
+        dims: What to reduce; one of them is sharded.
+        count: Elements of the whole that are reduced to one.
+        group: The sequence group.
+    """
+    mean = collectives.all_reduce_sum(x.sum(dims, keepdim=True), group) / count
+    return mean, collectives.all_reduce_sum((x - mean).square().sum(dims, keepdim=True), group)
+
+
+def variance_across(
+    x: Tensor, dims: tuple[int, ...], keepdim: bool, count: int, correction: float, group: Group, *, root: bool
+) -> Tensor:
+    """`torch.var` (or, its `root`, `torch.std`) over dimensions one of which is sharded."""
+    variance = moments_across(widened(x), dims, count, group)[1] / max(count - correction, 0)
+    if root:
+        # The root has no derivative where nothing varies; PyTorch takes 0.
+        positive = variance != 0
+        variance = torch.where(positive, torch.where(positive, variance, 1).sqrt(), variance)
+    return (variance if keepdim else variance.squeeze(dims)).to(x.dtype)
+
+
+def logsumexp_across(x: Tensor, dims: tuple[int, ...], keepdim: bool, group: Group) -> Tensor:
+    """`torch.logsumexp` over dimensions one of which is sharded."""
+    wide = widened(x)
+    largest = collectives.amax_across(wide.detach(), dims, True, group)
+    largest = torch.where(largest.isinf(), 0, largest)
+    out = collectives.all_reduce_sum((wide - largest).exp().sum(dims, keepdim=True), group).log() + largest
+    return (out if keepdim else out.squeeze(dims)).to(x.dtype)
+
+
+def product_across(x: Tensor, dims: tuple[int, ...], keepdim: bool, group: Group, *, dtype: torch.dtype | None) -> Tensor:
+    """`torch.prod` over one sharded dimension, or all."""
+    local = x.prod(dims[0], keepdim, dtype=dtype) if len(dims) == 1 else x.prod(dtype=dtype)
+    return collectives.stack_across(local, group).prod(0)
+
+
+def norm_across(x: Tensor, dims: tuple[int, ...], keepdim: bool, group: Group, *, ord: float, dtype: torch.dtype | None) -> Tensor:
+    """`torch.linalg.vector_norm` over dimensions one of which is sharded: the norm of the parts' norms."""
+    local = torch.linalg.vector_norm(x, ord, dims, keepdim, dtype=dtype)
+    return torch.linalg.vector_norm(collectives.stack_across(local, group), ord, 0)
+
+
 RULES: dict[Any, Rule] = {
     aten.sum.default: _rule(_linear("sum")),
     aten.sum.dim_IntList: _rule(_linear("sum")),
@@ -132,4 +242,16 @@ RULES: dict[Any, Rule] = {
     aten.all.default: _rule(_truth(every=True)),
     aten.all.dim: _rule(_truth(every=True)),
     aten.all.dims: _rule(_truth(every=True)),
+    aten.argmax.default: _rule(_index_of_extremum(minimum=False)),
+    aten.argmin.default: _rule(_index_of_extremum(minimum=True)),
+    aten.logsumexp.default: _rule(_finished(logsumexp_across)),
+    aten.prod.default: _rule(_finished(product_across, "dtype")),
+    aten.prod.dim_int: _rule(_finished(product_across, "dtype")),
+    aten.linalg_vector_norm.default: _rule(_norm),
+    aten.var.default: _rule(_spread(root=False)),
+    aten.var.dim: _rule(_spread(root=False)),
+    aten.var.correction: _rule(_spread(root=False)),
+    aten.std.default: _rule(_spread(root=True)),
+    aten.std.dim: _rule(_spread(root=True)),
+    aten.std.correction: _rule(_spread(root=True)),
 }
