@@ -139,6 +139,7 @@ POSITIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "wrapped": lambda n, x: F.pad(x.transpose(1, 2), (1, 4), mode="circular").transpose(1, 2),
     "wrapped_in_two_dimensions": lambda n, x: F.pad(x.transpose(1, 2), (2, 1, 3, 0), mode="circular").transpose(1, 2),
     "padded_to_a_multiple": lambda n, x: F.pad(x, (0, 0, 0, -x.shape[1] % 4), value=2.0),
+    "padded_by_whole_parts": lambda n, x: F.pad(x, (0, 0, -x.shape[1] % 16, -x.shape[1] % 64)) + 1,
     "padded_by_more_than_a_part": lambda n, x: F.pad(x, (1, 0, 9, 0)),
     "cropped_by_more_than_a_part": lambda n, x: F.pad(x, (0, 0, -8, 1)),
     "chunks_and_back": lambda n, x: in_chunks(x, 2),

@@ -45,7 +45,7 @@ def fetch_window(em: Emitter, source: fx.Node, layout: Layout, reach: Reach, out
         wanted = tuple(((start, stop, 1),) for start, stop in held)
         value = em.call(fetch, (value, layout.dim, bounds, wanted, em.group))
     (start, stop), (first, last) = ranges[em.group.rank], held[em.group.rank]
-    before = min(first, stop) - start
+    before = min(max(-start, 0), stop - start)
     behind = stop - start - before - (last - first)
     if before or behind:
         widths = [0, 0] * (len(em.facts.shape(source)) - 1 - layout.dim) + [before, behind]
