@@ -236,7 +236,37 @@ def test_statistics_are_joined(name: str, ranks: int, span: str, length: int) ->
     check_sharded(STATISTICS[name], ranks, span, length, gathers=gathers)
 
 
+LOOKUPS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "one_for_each_sample": lambda n, x: x * x[torch.arange(B), torch.tensor([6, -1])].unsqueeze(1),
+    "some_for_all_samples": lambda n, x: x * n.head(x[:, torch.tensor([8, 0, 8])])[..., :D].sum(1, keepdim=True),
+    "by_index_select": lambda n, x: x * x.index_select(1, torch.tensor([3, 9])).sum(1, keepdim=True),
+    "by_gather": lambda n, x: x * x.gather(1, torch.tensor([[[1, 7] * 4]] * B)),
+    "where_a_token_is": lambda n, x: x * x[torch.arange(B), (x > 0).any(-1).int().argmax(-1)].unsqueeze(1),
+    "apart": lambda n, x: x[:, torch.tensor([2, 7, 4]), torch.tensor([0, 5, 5])].unsqueeze(1) * x[..., :1],
+    "of_features": lambda n, x: x[:, :, torch.tensor([3, 0, 3])] * 2,
+    "of_samples_and_features": lambda n, x: x[torch.tensor([1, 0, 1]), :, torch.tensor([1, 2, 7])].transpose(0, 1).unsqueeze(0),
+    "of_samples": lambda n, x: x[torch.tensor([[1, 0], [1, 1]])].sum((0, 1)).unsqueeze(0),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+@pytest.mark.parametrize(("ranks", "span", "length"), RUNS)
+def test_named_positions_are_looked_up(name: str, ranks: int, span: str, length: int) -> None:
+    check_sharded(LOOKUPS[name], ranks, span, length)
+
+
+def test_a_position_that_does_not_exist_fails_as_on_one_device() -> None:
+    net = Net(lambda n, x, i: x[torch.arange(B), i[:, 0] + 1000].sum())
+    with pytest.raises(IndexError):
+        net(ids_of(8))
+    with pytest.raises(IndexError):
+        lower(net, (ids_of(8),), net)
+
+
 REFUSED: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "positions_for_each_position": lambda n, x: x[..., 0].gather(1, (x[..., 0] > 0).long()),
+    "norm_of_no_norms": lambda n, x: torch.linalg.vector_norm(x[..., 0], 0.5, 1),
+    "sort": lambda n, x: x[..., 0].sort(1).values,
     "kernel_of_the_sequence": lambda n, x: F.conv1d(x.transpose(1, 2)[:1], x.transpose(1, 2)[:, :, 1:]),
     "pool_rounded_up": lambda n, x: F.avg_pool1d(x[..., :1].transpose(1, 2), 4, ceil_mode=True).transpose(1, 2),
     "pool_real_positions": lambda n, x: F.avg_pool1d(x[..., :1].transpose(1, 2), 3, padding=1, count_include_pad=False),

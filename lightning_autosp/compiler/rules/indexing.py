@@ -181,19 +181,6 @@ def _pad_anew(facts: Facts, node: fx.Node, layout: Layout, slot: int) -> Shardin
     return Sharding({source: layout}, out, emit, kind="exchange")
 
 
-def lookup(facts: Facts, node: fx.Node) -> Sharding | None:
-    """`table[positions]`: one row of a table for every position."""
-    table, indices = node.args[0], node.args[1]
-    assert isinstance(table, fx.Node)
-    assert isinstance(indices, (list, tuple))
-    if facts.has_sequence(table) or len(indices) != 1 or not isinstance(indices[0], fx.Node):
-        return None
-    layout = facts.layout(indices[0])
-    if layout is None or indices[0].meta["val"].dtype is torch.bool:
-        return None
-    return Sharding({indices[0]: layout}, layout)
-
-
 def stack(facts: Facts, node: fx.Node) -> Sharding | None:
     """Stack equally sharded tensors along a new dimension."""
     pieces = tensor_inputs(node)
@@ -216,5 +203,4 @@ RULES: dict[Any, Rule] = {
     aten.stack.default: stack,
     aten.constant_pad_nd.default: pad,
     aten.pad.default: pad,
-    aten.index.Tensor: lookup,
 }
