@@ -14,6 +14,10 @@ from torch._functorch._aot_autograd.functional_utils import from_fun as _from_fu
 
 # Functionalisation that keeps composite operators (attention, losses, dropout) whole: what torch.export traces with.
 from torch._functorch._aot_autograd.functional_utils import has_data_mutation, to_fun
+
+# What Dynamo records where a vmap opens and closes a level.
+from torch._functorch.predispatch import _vmap_decrement_nesting as VMAP_CLOSES
+from torch._functorch.predispatch import _vmap_increment_nesting as VMAP_OPENS
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -21,6 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 
 __all__ = [
+    "VMAP_CLOSES",
+    "VMAP_OPENS",
     "FunctionalTensorMode",
     "autograd_inside_operator",
     "current_tracer",

@@ -83,6 +83,12 @@ def causal(x: Tensor) -> Tensor:
     return column <= row
 
 
+def vmapped(allowed: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    """A mask from a function of two numbers."""
+    positions = torch.arange(x.shape[1])
+    return torch.vmap(torch.vmap(allowed, (None, 0)), (0, None))(positions, positions)
+
+
 def packed(x: Tensor) -> Tensor:
     """Hugging Face's packed-sequence check on default positions."""
     positions = torch.arange(x.shape[1])[None].expand(x.shape[0], -1)
@@ -103,6 +109,7 @@ PROVEN: dict[str, tuple[Mask, str]] = {
     "offset": (lambda x: (rows_and_columns(x)[1] - rows_and_columns(x)[0]) < 1, "causal"),
     "and_of_true": (lambda x: causal(x) & (rows_and_columns(x)[0] >= 0), "causal"),
     "packed_positions": (packed, "causal"),
+    "vmapped": (lambda x: vmapped(lambda i, j: j <= i, x), "causal"),
     "all_ones": (lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), "mask nothing"),
     "always_true": (lambda x: rows_and_columns(x)[1] < x.shape[1], "mask nothing"),
 }

@@ -45,6 +45,9 @@ def check(body: Callable[..., Any], length: int = 13, **options: Any) -> Any:
 
 SHARDED: dict[str, Callable[..., Any]] = {
     "linear": lambda n, x, i: n.head(x).square().sum(),
+    "vmap_over_samples": lambda n, x, i: torch.vmap(lambda a: n.head(a).tanh() * a.shape[0])(x).square().sum(),
+    "vmap_over_positions": lambda n, x, i: torch.vmap(lambda a: (a * n.scale).softmax(-1), 1, 1)(x).square().sum(),
+    "vmap_of_vmap": lambda n, x, i: torch.vmap(torch.vmap(lambda a, b: a.sin() * b, (0, None)))(x, x[:, 0]).square().sum(),
     "merge_and_split": lambda n, x, i: n.head(x.view(-1, D)).view(B, -1, V).tanh().sum(),
     "merge_inner": lambda n, x, i: (x.transpose(1, 2).reshape(B, -1, 1) * 2).pow(3).sum(),
     "seq_first_merge": lambda n, x, i: n.head(x.transpose(0, 1).reshape(-1, D)).sin().sum(),

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from lightning_autosp import _compat
 from lightning_autosp.compiler.layout import as_expr
 from lightning_autosp.compiler.scalars import keep_numbers_as_tensors
+from lightning_autosp.compiler.vmaps import inline_vmaps
 
 __all__ = ["Captured", "capture", "is_size"]
 
@@ -76,6 +77,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
     examples = [_compat.example_of(node) for node in sources]
     fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
     _inline_checkpoints(gm)
+    inline_vmaps(gm, fake_mode)
 
     mutated: list[int] = []
 
