@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import lightning_autosp  # noqa: F401 -- registers the strategy names
 from lightning_autosp import AutoSPStrategy
+from lightning_autosp.attention import tiles
 
 QUIET = {
     "accelerator": "cpu",
@@ -61,9 +62,11 @@ def fit(
     checkpoint: str | None = None,
     resume: str | None = None,
     module_options: dict[str, Any] | None = None,
+    tile_elements: int = tiles.TILE_ELEMENTS,
     **trainer_options: Any,
 ) -> dict[str, Any]:
     """Fit on this rank and return the curve, logged values, first gradients, final weights and the report."""
+    tiles.TILE_ELEMENTS = tile_elements
     recorder = Recorder()
     trainer = Trainer(
         **{**QUIET, "max_epochs": 1, **trainer_options},

@@ -187,6 +187,48 @@ class HFLlama(Base):
         return loss
 
 
+class HFGemma2(HFLlama):
+    """Attention written out: soft-capped, a sliding window in every second layer, dropout in none."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        Base.__init__(self, lr)
+        from transformers import AutoModelForCausalLM, Gemma2Config
+
+        config = Gemma2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+            max_position_embeddings=512,
+        )
+        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+class HFMistral(HFLlama):
+    """A sliding window, as a mask for `scaled_dot_product_attention`."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        Base.__init__(self, lr)
+        from transformers import AutoModelForCausalLM, MistralConfig
+
+        config = MistralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=16,
+            max_position_embeddings=512,
+        )
+        self.model = AutoModelForCausalLM.from_config(config)
+
+
 class Broken(GPT):
     """Python looks at a tensor in the middle of the step."""
 

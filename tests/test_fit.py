@@ -163,6 +163,26 @@ def test_inductor(pool: Pool) -> None:
     assert run["report"]["steps"][0]["collectives"]["all_to_all_single"][0] == 16
 
 
+@pytest.mark.parametrize(("module", "backend"), [("HFGemma2", "aot_eager"), ("HFMistral", "aot_eager"), ("HFGemma2", "inductor")])
+def test_attention_in_tiles(pool: Pool, module: str, backend: str) -> None:
+    options = {"num_samples": 4, "length": 61}
+    strategy = {**FULL, "compile_backend": backend}
+    run = fit(pool, module, strategy, 2, **options, tile_elements=2 * 61 * 16)
+    assert_same(run, reference(pool, module, **options), digits=5 if backend == "inductor" else 6)
+    step = run["report"]["steps"][0]
+    assert not step["in_full"]
+    assert not step["gathered"]
+    assert all("in tiles" in call["method"] + call["mask"] for call in step["attention"])
+
+
+def test_attention_in_tiles_under_autocast(pool: Pool) -> None:
+    options = {"num_samples": 4, "length": 61, "precision": "bf16-mixed"}
+    run = fit(pool, "HFGemma2", FULL, 2, **options, tile_elements=2 * 61 * 16)
+    one = reference(pool, "HFGemma2", **options)
+    for got, want in zip(run["curve"], one["curve"], strict=True):
+        assert abs(got["loss"] - want["loss"]) < 2e-2 * want["loss"]
+
+
 def test_batch_sizes_that_change(pool: Pool) -> None:
     options = {"num_samples": 9, "batch_size": 4, "max_epochs": 2}
     assert_same(fit(pool, "GPT", FULL, 2, **options), reference(pool, "GPT", **options))
