@@ -32,6 +32,7 @@ __all__ = [
     "current_tracer",
     "dynamic_dims",
     "example_of",
+    "forbid_reading",
     "from_fun",
     "has_data_mutation",
     "make_fx",
@@ -79,6 +80,11 @@ def example_of(placeholder: torch.fx.Node) -> Any:
         return None if arg is None else arg.example
     except (AssertionError, AttributeError):
         return None
+
+
+def forbid_reading(tensor: torch.Tensor) -> None:
+    """Make C++ code that asks for the memory of a tensor that has none fail, instead of reading address 0."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
 def shape_replacements(fake_mode: Any) -> dict[Any, Any]:

@@ -13,15 +13,22 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 from lightning_autosp import _compat
+from lightning_autosp.compiler.crossing import PartTensor
 from lightning_autosp.compiler.report import GraphBreak, StrictModeError
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.parameters import ModuleParameters
 
 __all__ = ["CompiledStep", "batch_tensors", "mark_sequence"]
+
+_NO_MEMORY = (
+    "{kind}: a function that is no PyTorch operator reads the memory of a tensor that is held in parts between two compiled pieces "
+    "of the step. Make it an operator (torch.library.custom_op), or hand it x.clone() instead of x."
+)
 
 
 def batch_tensors(batch: Any) -> list[Tensor]:
@@ -81,8 +88,29 @@ class CompiledStep:
                 if self._mode != "whole" or not isinstance(cause, (NeedsBreakError, TorchDynamoException)):
                     raise
                 self._change("pieces", _headline(cause), error)
-        self._deferred.replay(self.parameters.without_stand_ins)
-        return self.parameters.without_stand_ins(result)
+            except RuntimeError as error:
+                if self._mode == "pieces" and "data pointer" in str(error):
+                    raise RuntimeError(_NO_MEMORY.format(kind=self.kind)) from error
+                raise
+        self._deferred.replay(self._finished)
+        if self._mode == "pieces":
+            self._finish_attributes()
+        return self._finished(result)
+
+    def _finished(self, tree: Any) -> Any:
+        """Return what the step returned or logged, whole: nobody outside expects that reading it is a collective."""
+        tree = self.parameters.without_stand_ins(tree)
+        if self._mode != "pieces":
+            return tree
+        return apply_to_collection(tree, PartTensor, lambda value: value.whole("the end of the step"), allow_frozen=True)
+
+    def _finish_attributes(self) -> None:
+        """Make whole what the step left in the module."""
+        for submodule in self.module.modules():
+            for values in (submodule.__dict__, submodule._buffers):
+                for name, value in values.items():
+                    if any(isinstance(leaf, PartTensor) for leaf in pytree.tree_leaves(value)):
+                        values[name] = self._finished(value)
 
     def _user_step(self) -> Callable[..., Any]:
         module, kind = self.module, self.kind
@@ -102,9 +130,9 @@ class CompiledStep:
             self.compiler.report.notes.append(f"{self.kind} runs uncompiled and unsharded: right, but slow and large")
             self._run = self._user_step()
         else:
-            pieces = torch.compile(self._user_step(), backend=replace(self.compiler, parameters=None))
-            # A piece that cannot be traced runs as it is: right, because everything around it is whole. Starting the step again
-            # instead would repeat what earlier pieces did.
+            pieces = torch.compile(self._user_step(), backend=replace(self.compiler, parameters=None, pieces=True))
+            # A piece that cannot be traced runs as it is: right, because parameters are whole and values from other pieces make
+            # themselves whole. Starting the step again instead would repeat what earlier pieces did.
             self._run = torch._dynamo.config.patch(suppress_errors=True)(pieces)
 
 

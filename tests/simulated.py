@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
 from lightning_autosp.check import Simulation
+from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.report import Report, StepReport
-from lightning_autosp.compiler.specialise import LoweredStep
+from lightning_autosp.compiler.simulate import run_ranks
+from lightning_autosp.compiler.specialise import Compiler, LoweredStep
+from lightning_autosp.parameters import ModuleParameters
+from lightning_autosp.step import CompiledStep
 
 MAX_RANKS = 8
 
@@ -101,6 +106,82 @@ def assert_exact(
             assert got is not None, f"{name} has no gradient"
             assert_close(got, want, rtol, f"gradient of {name}")
     return lowered
+
+
+class _Uncompiled(Compiler):
+    """AOTAutograd cannot trace under what simulates collectives: programs run operator by operator."""
+
+    def compile(self, module: fx.GraphModule, inputs: Sequence[Tensor], on_graph: Any) -> Callable[..., Any]:
+        names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+        updates = [node for node in module.graph.nodes if node.target is torch.ops.aten.copy_.default]
+        indices = [names.index(node.args[0].name) for node in updates]  # type: ignore[union-attr]
+        output = module.graph.output_node()
+        output.args = ((output.args[0], [node.args[1] for node in updates]),)
+        for node in updates:
+            module.graph.erase_node(node)
+        module.recompile()
+
+        def run(*inputs: Any) -> Any:
+            # Eager autograd may save an input that is updated afterwards.
+            outputs, new = module(*(x.clone() if index in indices else x for index, x in enumerate(inputs)))
+            for index, value in zip(indices, new, strict=True):
+                inputs[index].copy_(value)
+            return outputs
+
+        return run
+
+
+def run_step(
+    module: nn.Module, batches: Sequence[Any], kind: str = "training_step", num_ranks: int = 2
+) -> tuple[list[list[Any]], list[nn.Module], Report]:
+    """Run a module's step on every batch as the strategy does, cut in pieces where Python cuts it, on simulated ranks.
+
+    Returns:
+        Every rank's results, its module after the last backward, and the first rank's report.
+    """
+    torch._dynamo.reset()
+    modules = [copy.deepcopy(module) for _ in range(num_ranks)]
+    reports = [Report() for _ in range(num_ranks)]
+    grad_enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # a thread has its own
+
+    def work(rank: int) -> list[Any]:
+        group, own = Group("simulated", num_ranks, rank), modules[rank]
+        compiler = _Uncompiled(_compat.mesh_without_group(num_ranks), group, "aot_eager", reports[rank], kind, rank_seed=rank)
+        parameters = ModuleParameters(own, None, group, sharded=False)  # type: ignore[arg-type]
+        step = CompiledStep(own, kind, compiler, parameters, 1)  # type: ignore[arg-type]
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad_enabled):
+            return [_differentiated(step(copy.deepcopy(batch), index)) for index, batch in enumerate(batches)]
+
+    return run_ranks(num_ranks, work), modules, reports[0]
+
+
+def _differentiated(result: Any) -> Any:
+    loss = result["loss"] if isinstance(result, dict) else result
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        loss.backward()
+    return pytree.tree_map_only(Tensor, Tensor.detach, result)
+
+
+def assert_step_exact(module: nn.Module, batches: Sequence[Any], kind: str = "training_step", num_ranks: int = 2) -> Report:
+    """Assert that results, gradients over all batches, buffers and what is kept or logged are as on one device, on every rank."""
+    one = copy.deepcopy(module)
+    want = [_differentiated(getattr(one, kind)(copy.deepcopy(batch), index)) for index, batch in enumerate(batches)]
+    results, modules, report = run_step(module, batches, kind, num_ranks)
+    for rank, (got, own) in enumerate(zip(results, modules, strict=True)):
+        for name, left, right in [("result", got, want), ("attributes", _state(own), _state(one))]:
+            for index, (x, y) in enumerate(zip(pytree.tree_leaves(left), pytree.tree_leaves(right), strict=True)):
+                assert type(x) is type(y), f"rank {rank}, {name} {index}: {type(x)}"
+                if isinstance(y, Tensor):
+                    assert_close(x, y, 1e-10, f"rank {rank}, {name} {index}")
+                else:
+                    assert x == y
+    return report
+
+
+def _state(module: nn.Module) -> list[Any]:
+    """Return gradients, buffers and what steps leave in attributes."""
+    gradients = [(name, parameter.grad) for name, parameter in module.named_parameters()]
+    return [gradients, list(module.named_buffers()), *(getattr(module, name, None) for name in ("seen", "logged"))]
 
 
 def assert_close(got: Tensor, want: Tensor, rtol: float, what: str) -> None:

@@ -13,6 +13,7 @@
 | `demand.py`     | which form of each value is needed, backwards                        |
 | `plan.py`       | what was decided                                                     |
 | `emit.py`       | the graph of one rank, forwards                                      |
+| `crossing.py`   | values between the pieces of a step that is cut                      |
 | `specialise.py` | one program per set of sizes, cached                                 |
 | `backend.py`    | AOTAutograd and Inductor                                             |
 | `report.py`     | what was done                                                        |

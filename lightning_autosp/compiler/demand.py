@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import sympy
 import torch
@@ -46,7 +46,15 @@ def is_item(node: fx.Node) -> bool:
     return node.target is operator.getitem and isinstance(node.args[0], fx.Node)
 
 
-def make_plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh, too_short: Iterable[Span] = ()) -> Plan:
+def make_plan(
+    captured: Captured,
+    symbols: Iterable[sympy.Symbol],
+    mesh: DeviceMesh,
+    too_short: Iterable[Span] = (),
+    arriving: Mapping[fx.Node, Layout] | None = None,
+    *,
+    keep_parts: bool = False,
+) -> Plan:
     """Decide how to run a captured step on the ranks of a sequence group.
 
     Args:
@@ -54,15 +62,17 @@ def make_plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceM
         symbols: The sequence symbols to shard; with none, everything is computed in full.
         mesh: The one-dimensional mesh of the sequence group.
         too_short: Spans that leave some rank without a position, so that they are never cut.
+        arriving: Inputs of which every rank is given its part, with their layouts.
+        keep_parts: Whether outputs that are computed as parts are returned as parts; else whole.
     """
-    short = frozenset(too_short)
-    plan = _plan(captured, symbols, mesh, short, shard_random=True)
+    options = frozenset(too_short), arriving, keep_parts
+    plan = _plan(captured, symbols, mesh, *options, shard_random=True)
     random = [node for node in plan.demands if is_random(node)]
     plan.rank_streams = any(node in plan.shardings for node in random)
     whole = {node for node in random if node not in plan.shardings}
     if plan.rank_streams and not all(can_broadcast(node) for node in whole):
         # A random operator that has to be whole and cannot be broadcast needs one stream for all ranks, and so do then the others.
-        plan = _plan(captured, symbols, mesh, short, shard_random=False)
+        plan = _plan(captured, symbols, mesh, *options, shard_random=False)
         whole = {node for node in plan.demands if is_random(node)}
     if plan.facts.symbols:  # the first rank draws for all
         plan.whole = dict.fromkeys((node for node in whole if can_broadcast(node)), emit_whole)
@@ -71,9 +81,16 @@ def make_plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceM
 
 
 def _plan(
-    captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh, too_short: frozenset[Span], *, shard_random: bool
+    captured: Captured,
+    symbols: Iterable[sympy.Symbol],
+    mesh: DeviceMesh,
+    too_short: frozenset[Span],
+    arriving: Mapping[fx.Node, Layout] | None,
+    keep_parts: bool,
+    *,
+    shard_random: bool,
 ) -> Plan:
-    facts = Facts(captured, symbols, mesh, too_short)
+    facts = Facts(captured, symbols, mesh, too_short, arriving)
     possible: dict[fx.Node, Sharding] = {}
     for node in captured.graph.nodes:
         if any(source in facts.trained for source in node.all_input_nodes):
@@ -89,8 +106,8 @@ def _plan(
             possible[node] = sharding
             facts.layouts[node] = sharding.output
         else:
-            facts.layouts[node] = _layout_of_whole(facts, node)
-    return _demand(facts, possible)
+            facts.layouts[node] = facts.arriving.get(node) or _layout_of_whole(facts, node)
+    return _demand(facts, possible, keep_parts=keep_parts)
 
 
 def _propose(facts: Facts, node: fx.Node) -> Sharding | None:
@@ -207,17 +224,24 @@ def _layout_of_whole(facts: Facts, node: fx.Node) -> Layout | None:
     return facts.shape_layout(shape)
 
 
-def _demand(facts: Facts, possible: dict[fx.Node, Sharding]) -> Plan:
+def _demand(facts: Facts, possible: dict[fx.Node, Sharding], *, keep_parts: bool) -> Plan:
     demands: dict[fx.Node, dict[Form, list[fx.Node]]] = defaultdict(dict)
     shardings: dict[fx.Node, Sharding] = {}
+    returned: dict[fx.Node, Form] = {}
 
     def ask(node: fx.Node, form: Form, consumer: fx.Node) -> None:
         demands[node].setdefault(form, []).append(consumer)
 
     for node in reversed(facts.captured.graph.nodes):
         if node.op == "output":
-            for value in pytree.tree_leaves(node.args):
+            outputs, updates = node.args[0]  # type: ignore[misc]
+            for value in pytree.tree_leaves(outputs):
                 if isinstance(value, fx.Node) and not is_size(value):
+                    stays = keep_parts and value in facts.trained and (value in possible or value in facts.arriving)
+                    returned[value] = facts.layout(value) if stays else None
+                    ask(value, returned[value], node)
+            for value in updates:
+                if not is_size(value):
                     ask(value, None, node)
             continue
         if is_region_mark(node):
@@ -247,7 +271,7 @@ def _demand(facts: Facts, possible: dict[fx.Node, Sharding]) -> Plan:
         for source in node.all_input_nodes:
             if source not in unused and not is_size(source):
                 ask(source, needs.get(source), node)
-    return Plan(facts, shardings, dict(demands), rank_streams=False, whole={})
+    return Plan(facts, shardings, dict(demands), returned, rank_streams=False, whole={})
 
 
 def _worthwhile(facts: Facts, node: fx.Node, sharding: Sharding, forms: set[Form]) -> bool:

@@ -189,7 +189,7 @@ class Emitter:
                 self._emit_node(node)
         results: Any = captured.graph.output_node().args[0]
         outputs, updates = results
-        values = self._map(outputs, {})
+        values = self._map(outputs, self.plan.returned)
         for placeholder, update in zip(captured.mutated, updates, strict=True):
             self.call(torch.ops.aten.copy_.default, (self._raw[placeholder], self.get(update, None)))
         self._graph.output(tuple(pytree.tree_leaves(values, is_leaf=lambda leaf: leaf is None)))
@@ -207,7 +207,7 @@ class Emitter:
                 self._raw[node] = self._graph.placeholder(node.name)
         for node, raw in self._raw.items():
             if node not in self.plan.captured.parameters or self.enter_parameter is None:
-                self._provide(node, None, raw)
+                self._provide(node, self.facts.arriving.get(node), raw)
         return inputs
 
     def _parameter_entries(self) -> dict[fx.Node, list[fx.Node]]:
@@ -261,7 +261,7 @@ class Emitter:
             return
         if form is not None:
             for other in list(others):
-                if other is not None and not (form.dim == other.dim and form.outer != other.outer):
+                if other is not None and not (form.dim == other.dim and self.integer(form.outer) != self.integer(other.outer)):
                     self._env[(node, other)] = self._exchange(value, form, other)
                     others.remove(other)
             if not others:
@@ -286,7 +286,7 @@ class Emitter:
         wanted = tuple(((start, stop, 1),) for start, stop in self.cuts(want))
         return self.call(fetch_layout, (value, have.dim, self.integer(have.outer), self.cuts(have), wanted, self.group))
 
-    def _map(self, value: Any, needs: Mapping[fx.Node, Layout]) -> Any:
+    def _map(self, value: Any, needs: Mapping[fx.Node, Form]) -> Any:
         def one(node: fx.Node) -> Any:
             return self.number(node) if is_size(node) else self.get(node, needs.get(node))
 

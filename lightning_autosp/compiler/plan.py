@@ -27,6 +27,8 @@ class Plan:
     """Nodes that are computed from parts."""
     demands: dict[fx.Node, dict[Form, list[fx.Node]]]
     """Forms of each node that are asked for, with who asks; nodes that are absent are dead."""
+    returned: dict[fx.Node, Form]
+    """The form in which each output is returned."""
     rank_streams: bool
     """Whether each rank draws random numbers of its own while the graph runs."""
     whole: dict[fx.Node, Callable[[Any, fx.Node], fx.Node]]

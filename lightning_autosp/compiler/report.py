@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from lightning_autosp.compiler.emit import Emitter, Program
     from lightning_autosp.compiler.rule import Sharding
 
-__all__ = ["MASK_LIMIT_BYTES", "GraphBreak", "Report", "StepReport", "StrictModeError", "user_line"]
+__all__ = [
+    "MASK_LIMIT_BYTES",
+    "Crossing",
+    "GraphBreak",
+    "Report",
+    "StepReport",
+    "StrictModeError",
+    "is_users",
+    "user_line",
+]
 
 MiB = 2**20
 MASK_LIMIT_BYTES = 64 * MiB
@@ -32,10 +41,15 @@ class StrictModeError(RuntimeError):
     """`strict=True` and something would run unsharded."""
 
 
+def is_users(file: str) -> bool:
+    """Whether a file is neither torch's nor Lightning's."""
+    return not any(part in file for part in _NOT_THE_USERS)
+
+
 def user_line(node: fx.Node) -> str:
     """Return `file:line` of the innermost frame that is neither torch's nor Lightning's."""
     frames = [(m["file"], int(m["line"])) for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
-    own = [frame for frame in frames if not any(part in frame[0] for part in _NOT_THE_USERS)]
+    own = [frame for frame in frames if is_users(frame[0])]
     chosen = (own or frames or [("<unknown>", 0)])[-1]
     return f"{chosen[0]}:{chosen[1]}"
 
@@ -68,6 +82,26 @@ class Attention:
 
 
 @dataclass
+class Crossing:
+    """A value of the model that leaves a compiled piece as parts, for what comes behind a graph break."""
+
+    name: str
+    where: str
+    bytes: int
+    """Of the whole."""
+    gathers: list[str] = field(default_factory=list)
+    """What Python did that made it whole, each place once; empty if it stayed a part."""
+
+    @classmethod
+    def of(cls, node: fx.Node, emitter: Emitter) -> Crossing:
+        return cls(str(node.target), user_line(node), _bytes(node, emitter))
+
+    def add_gather(self, reader: str) -> None:
+        if reader not in self.gathers:
+            self.gathers.append(reader)
+
+
+@dataclass
 class GraphBreak:
     where: str
     reason: str
@@ -86,6 +120,7 @@ class StepReport:
         num_data: Operators on data that met no parameter; every rank runs them whole.
         gathered: Values of the model that were made whole by a collective.
         in_full: Operators of the model that every rank runs on the whole sequence, for want of a rule.
+        crossings: Values that leave a piece of a step that is cut as parts.
         attention: Every attention call.
         collectives: `name -> (count, bytes)` a rank and step, forward and backward, as far as they have been compiled.
         compile_s: Seconds from the captured graph to a callable forward.
@@ -100,6 +135,7 @@ class StepReport:
     num_data: int = 0
     gathered: list[Whole] = field(default_factory=list)
     in_full: list[Whole] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
     attention: list[Attention] = field(default_factory=list)
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
     compile_s: float = 0.0
@@ -254,6 +290,10 @@ class Report:
                 rows.append(("  collective", f"{count} x {name}, {size / MiB:.2f} MiB a rank"))
             for whole in step.gathered:
                 rows.append(("  gathered", f"{whole.name} at {whole.where}, {whole.bytes / MiB:.2f} MiB: {whole.reason}"))
+            for crossing in step.crossings:
+                cost = f"gathered by {', '.join(crossing.gathers)}" if crossing.gathers else "stays a part"
+                place = f"{crossing.name} at {crossing.where}, {crossing.bytes / MiB:.2f} MiB"
+                rows.append(("  crosses a break", f"{place}: {cost}"))
             for whole in step.in_full:
                 rows.append(("  in full", f"{whole.name} at {whole.where}, {whole.bytes / MiB:.2f} MiB: {whole.reason}"))
         rows.extend((kind, f"{number} graph(s) captured") for kind, number in self.num_graphs.items())

@@ -66,15 +66,22 @@ class Facts:
     """What is known of a captured graph while rules are asked: symbolic shapes, layouts, what met a parameter."""
 
     def __init__(
-        self, captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh, too_short: frozenset[Span] = frozenset()
+        self,
+        captured: Captured,
+        symbols: Iterable[sympy.Symbol],
+        mesh: DeviceMesh,
+        too_short: frozenset[Span] = frozenset(),
+        arriving: Mapping[fx.Node, Layout] | None = None,
     ) -> None:
         self.captured = captured
         self.symbols = frozenset(symbols)
         self.mesh = mesh
         self.too_short = too_short
         """Spans that leave some rank without a position."""
+        self.arriving = dict(arriving or {})
+        """Inputs of which every rank is given its part, with their layouts."""
         self.layouts: dict[fx.Node, Layout | None | tuple[Layout | None, ...]] = {}
-        self.trained: set[fx.Node] = set(captured.trainable)
+        self.trained: set[fx.Node] = {*captured.trainable, *self.arriving}
         """Nodes computed from something that requires grad; the others are data, cheap enough to hold in full."""
         self._shapes: dict[fx.Node, tuple[sympy.Expr, ...]] = {}
         self._assumed: Mapping[fx.Node, Layout | None] = {}

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_autosp.compiler.crossing import PartTensor
+
 __all__ = ["run_ranks"]
 
 T = TypeVar("T")
@@ -54,7 +56,14 @@ class _Collectives(TorchDispatchMode):
         super().__init__()
         self.rank, self.meeting = rank, meeting
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let Dynamo compile what runs under this mode."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(one, PartTensor) for one in types):  # it comes back with plain ones
+            return NotImplemented
         with torch._C._DisableTorchDispatch():
             if func.namespace != "_c10d_functional":
                 return func(*args, **(kwargs or {}))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,14 +17,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_autosp import _compat
 from lightning_autosp.collectives import Group
-from lightning_autosp.compiler.backend import CompileBackend, compile_module
+from lightning_autosp.compiler.backend import CompileBackend, OnGraph, compile_module
 from lightning_autosp.compiler.capture import Captured, capture
+from lightning_autosp.compiler.crossing import PartTensor, Placement, placement_of
 from lightning_autosp.compiler.demand import make_plan
 from lightning_autosp.compiler.emit import Emitter, Program
 from lightning_autosp.compiler.layout import ShardTooShortError, Span
 from lightning_autosp.compiler.plan import Plan
 from lightning_autosp.compiler.regions import join_attention
-from lightning_autosp.compiler.report import Report, StepReport
+from lightning_autosp.compiler.report import Crossing, Report, StepReport
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.tiling import can_be_tiled
 
@@ -60,6 +61,7 @@ class Compiler:
         parameters: How parameters enter graphs; `None` if they were made whole before the step.
         rank_seed: Distinguishes this rank's random stream from the others'.
         strict: Whether anything computed in full raises.
+        pieces: Whether graphs are pieces of a step that is cut: what they compute as parts they hand on as parts (`PartTensor`).
     """
 
     mesh: DeviceMesh
@@ -70,19 +72,24 @@ class Compiler:
     parameters: Parameters | None = None
     rank_seed: int = 0
     strict: bool = False
+    pieces: bool = False
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
             captured = capture(gm, self.parameters.names() if self.parameters else {})
         except NeedsBreakError as error:
-            if self.parameters is not None:
+            if not self.pieces:
                 raise
-            # One piece of a step that is cut already: parameters are whole, so the piece can run as it is.
+            # Parameters are whole and the inputs make themselves whole, so the piece can run as it is.
             self.report.notes.append(f"{self.kind}: a piece runs in full, because {error}")
             return gm.forward
         join_attention(captured, functools.partial(can_be_tiled, captured))
         self.report.num_graphs[self.kind] = self.report.num_graphs.get(self.kind, 0) + 1
         return LoweredStep(captured, self)
+
+    def compile(self, module: fx.GraphModule, inputs: Sequence[Tensor], on_graph: OnGraph) -> Callable[..., Any]:
+        """Compile one rank's program; see `backend.compile_module`."""
+        return compile_module(module, inputs, self.backend, on_graph)
 
 
 class LoweredStep:
@@ -90,14 +97,26 @@ class LoweredStep:
 
     def __init__(self, captured: Captured, compiler: Compiler) -> None:
         self.captured, self.compiler = captured, compiler
-        self._plans: dict[tuple[frozenset[sympy.Symbol], frozenset[Span]], Plan] = {}
+        self._plans: dict[Any, Plan] = {}
         self._programs: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
         self._where = _find_symbols(captured)
 
     def __call__(self, *inputs: Any) -> Any:
-        sizes = self.sizes(inputs)
+        updated = {}
+        for node in self.captured.mutated:
+            index = self.captured.placeholders.index(node)
+            if isinstance(inputs[index], PartTensor):
+                inputs[index].refuse_update("a piece of the step")
+                updated[index] = inputs[index].whole("an update in place")
+        outputs = self._run([updated.get(index, value) for index, value in enumerate(inputs)])
+        for index, value in updated.items():  # the memory is the same; this is for autograd
+            inputs[index].copy_(value)
+        return outputs
+
+    def _run(self, inputs: Sequence[Any]) -> Any:
+        sizes, arriving = self.sizes(inputs), self.arriving(inputs)
         # What AOTAutograd makes of a program depends on whether it has to prepare a backward.
-        key = (*sizes.items(), torch.is_grad_enabled())
+        key = (*sizes.items(), *arriving.items(), torch.is_grad_enabled())
         if key not in self._programs:
             self._programs[key] = self._compile(sizes, inputs)
             if len(self._programs) > MAX_PROGRAMS:
@@ -112,19 +131,41 @@ class LoweredStep:
             for symbol, (index, dim, factor, constant) in self._where.items()
         }
 
-    def plan(self, symbols: frozenset[sympy.Symbol], too_short: frozenset[Span] = frozenset()) -> Plan:
-        key = (symbols, too_short)
+    def arriving(self, inputs: Sequence[Any]) -> dict[int, Placement]:
+        """Return which inputs are parts, and how they are cut."""
+        placements = {index: placement_of(value) for index, value in enumerate(inputs)}
+        return {index: placement for index, placement in placements.items() if placement is not None}
+
+    def plan(
+        self,
+        symbols: frozenset[sympy.Symbol],
+        too_short: frozenset[Span] = frozenset(),
+        arriving: Mapping[int, Placement] | None = None,
+    ) -> Plan:
+        key = (symbols, too_short, tuple((arriving or {}).items()))
         if key not in self._plans:
-            self._plans[key] = make_plan(self.captured, symbols, self.compiler.mesh, too_short)
+            layouts = {}
+            for index, placement in (arriving or {}).items():
+                node = self.captured.placeholders[index]
+                layouts[node] = placement.layout(self.captured.shape(node.meta["val"])[placement.dim])
+            self._plans[key] = make_plan(
+                self.captured, symbols, self.compiler.mesh, too_short, layouts, keep_parts=self.compiler.pieces
+            )
         return self._plans[key]
 
-    def emit(self, sizes: dict[sympy.Symbol, int], group: Group, parameters: Parameters | None) -> tuple[Emitter, Program]:
+    def emit(
+        self,
+        sizes: dict[sympy.Symbol, int],
+        group: Group,
+        parameters: Parameters | None,
+        arriving: Mapping[int, Placement] | None = None,
+    ) -> tuple[Emitter, Program]:
         """Return the program of one rank and what emitted it. Only sequences that give every rank a part are cut."""
         ranks = group.size
         symbols = frozenset(s for s in self.captured.symbols if sizes.get(s, 0) >= ranks) if ranks > 1 else frozenset()
         too_short: frozenset[Span] = frozenset()
         while True:
-            emitter = Emitter(self.plan(symbols, too_short), sizes, group, parameters.enter if parameters else None)
+            emitter = Emitter(self.plan(symbols, too_short, arriving), sizes, group, parameters.enter if parameters else None)
             try:
                 return emitter, emitter.emit()
             except ShardTooShortError as error:
@@ -134,21 +175,22 @@ class LoweredStep:
 
     def _compile(self, sizes: dict[sympy.Symbol, int], inputs: Sequence[Any]) -> Callable[..., Any]:
         compiler, start = self.compiler, time.perf_counter()
-        emitter, program = self.emit(sizes, compiler.group, compiler.parameters)
+        emitter, program = self.emit(sizes, compiler.group, compiler.parameters, self.arriving(inputs))
         entry = StepReport.of(compiler.kind, emitter, program, self.captured.symbols)
         if compiler.strict:
             entry.refuse_fallbacks()
         tensors = self._tensors(program.inputs, inputs)
-        run = compile_module(program.module, tensors, compiler.backend, entry.count_collectives)
+        run = compiler.compile(program.module, tensors, entry.count_collectives)
         entry.compile_s = time.perf_counter() - start
         compiler.report.add(entry)
-        marks = _sequence_marks(emitter)
+        returned = _returned(emitter)
+        entry.crossings = [one.crossing for one in returned if one.crossing is not None]
 
         def call(*inputs: Any) -> Any:
             with _rank_stream(compiler.rank_seed, inputs) if program.rank_streams else contextlib.nullcontext():
-                outputs = run(*self._tensors(program.inputs, inputs))
-            for index, dim in marks:  # should the graph have been cut here, the next one knows the sequence again
-                _compat.mark_dynamic(outputs[index], dim)
+                outputs = list(run(*self._tensors(program.inputs, inputs)))
+            for one in returned:
+                outputs[one.index] = one.hand_on(outputs[one.index], compiler.group)
             return outputs
 
         return call
@@ -158,7 +200,8 @@ class LoweredStep:
         tensors = []
         for index in wanted:
             name = self.captured.parameters.get(self.captured.placeholders[index])
-            tensors.append(inputs[index] if name is None or parameters is None else parameters.held(name))
+            value = inputs[index] if name is None or parameters is None else parameters.held(name)
+            tensors.append(value.for_piece() if isinstance(value, PartTensor) else value)
         return tensors
 
 
@@ -181,16 +224,51 @@ def _find_symbols(captured: Captured) -> dict[sympy.Symbol, tuple[int, int | Non
     return where
 
 
-def _sequence_marks(emitter: Emitter) -> list[tuple[int, int]]:
+@dataclass
+class _Returned:
+    """A tensor that a graph returns, for the case that the step was cut behind it."""
+
+    index: int
+    sequence_dims: list[int]
+    shape: tuple[int, ...]
+    placement: Placement | None
+    crossing: Crossing | None
+    aliased: bool
+    """Whether another input or output of the graph is the same memory."""
+
+    def hand_on(self, value: Tensor, group: Group) -> Tensor:
+        if self.placement is not None and self.crossing is not None:
+            value = PartTensor.of(value, self.shape, self.placement, group, self.crossing, aliased=self.aliased)
+        for dim in self.sequence_dims:  # so that the next piece knows the sequence again
+            _compat.mark_dynamic(value, dim)
+        return value
+
+
+def _returned(emitter: Emitter) -> list[_Returned]:
     results: Any = emitter.plan.captured.graph.output_node().args[0]
-    outputs, _ = results
-    facts = emitter.facts
-    return [
-        (index, dim)
-        for index, node in enumerate(outputs)
-        if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
-        for dim in facts.sequence_dims(node)
-    ]
+    facts, found = emitter.facts, []
+    returned = [(index, node) for index, node in enumerate(results[0]) if isinstance(node, fx.Node) and _is_tensor(node)]
+    seen = {node for _, node in returned} | {node for node in emitter.plan.captured.placeholders if _is_tensor(node)}
+    owners = Counter(_memory(node) for node in seen)
+    for index, node in returned:
+        shape = tuple(emitter.integer(size) for size in facts.shape(node))
+        layout, placement, crossing = emitter.plan.returned[node], None, None
+        if layout is not None:
+            outer, inner = emitter.integer(layout.outer), emitter.integer(layout.inner)
+            placement = Placement(layout.dim, outer, inner, layout.span.begin, layout.span.end)
+            crossing = Crossing.of(node, emitter)
+        found.append(_Returned(index, facts.sequence_dims(node), shape, placement, crossing, owners[_memory(node)] > 1))
+    return found
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _memory(node: fx.Node) -> int:
+    """Return what the values of nodes have in common that share memory."""
+    memory: int = node.meta["val"].untyped_storage()._cdata
+    return memory
 
 
 @contextlib.contextmanager
