@@ -18,7 +18,7 @@ from torch._functorch._aot_autograd.functional_utils import has_data_mutation, t
 # What Dynamo records where a vmap opens and closes a level.
 from torch._functorch.predispatch import _vmap_decrement_nesting as VMAP_CLOSES
 from torch._functorch.predispatch import _vmap_increment_nesting as VMAP_OPENS
-from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 # Tie a fake tensor that no traced operator produced to a node of the graph being traced (opaque higher-order operators).
@@ -35,6 +35,9 @@ __all__ = [
     "forbid_reading",
     "from_fun",
     "has_data_mutation",
+    "has_known_elements",
+    "is_traced",
+    "is_updated",
     "make_fx",
     "mark_dynamic",
     "mesh_without_group",
@@ -54,6 +57,29 @@ def node_of(value: Any, tracer: Any) -> Any:
     """Return the node a traced tensor or symbolic number comes from."""
     slot: Any = get_proxy_slot(value, tracer)
     return slot.proxy.node if isinstance(value, torch.Tensor) else slot.force().node
+
+
+def is_updated(tensor: Any) -> bool:
+    """Return whether a traced tensor, or anything that shares its memory, was updated in place; `True` if that is not known."""
+    if not isinstance(tensor, FunctionalTensor):
+        return True
+    flags = (
+        torch._functionalize_has_data_mutation,  # type: ignore[attr-defined]
+        torch._functionalize_has_metadata_mutation,  # type: ignore[attr-defined]
+        torch._functionalize_was_storage_changed,  # type: ignore[attr-defined]
+    )
+    return any(flag(tensor.elem) for flag in flags)
+
+
+def is_traced(tensor: torch.Tensor, tracer: Any) -> bool:
+    """Return whether a node of the graph being traced stands for the tensor."""
+    return get_proxy_slot(tensor, tracer, None) is not None
+
+
+def has_known_elements(tensor: torch.Tensor) -> bool:
+    """Return whether a trace holds the tensor's elements, not only its description."""
+    slot = get_proxy_slot(tensor, current_tracer(), None)
+    return slot is not None and slot.constant is not None
 
 
 def current_tracer() -> Any:

@@ -3,6 +3,7 @@
 | file            | what it does                                                         |
 |-----------------|----------------------------------------------------------------------|
 | `capture.py`    | Dynamo's graph, normalised to functional ATen with symbolic shapes   |
+| `repeats.py`    | repeated layers are traced once                                      |
 | `scalars.py`    | numbers read from tensors stay tensors                               |
 | `written_out.py`| attention that is written out, as the operator it is                 |
 | `regions.py`    | attention and its mask as one node                                   |

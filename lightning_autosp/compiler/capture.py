@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from lightning_autosp import _compat
 from lightning_autosp.compiler.layout import as_expr
+from lightning_autosp.compiler.repeats import CannotRepeatError, Repeat, Repetitions, find_repeats
 from lightning_autosp.compiler.scalars import keep_numbers_as_tensors
 from lightning_autosp.compiler.vmaps import inline_vmaps
 
@@ -46,6 +47,8 @@ class Captured:
     """Placeholders whose values require grad: anything computed from them is expensive to hold in full."""
     mutated: list[fx.Node] = field(default_factory=list)
     """Placeholders the step updates in place; the last outputs of the graph are their new values, in this order."""
+    num_traced: int = 0
+    """Operators of Dynamo's graph that were traced; the others repeat some of them."""
 
     def shape(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
         return tuple(as_expr(size, self.replacements) for size in value.shape)
@@ -79,23 +82,10 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
     _inline_checkpoints(gm)
     inline_vmaps(gm, fake_mode)
 
-    mutated: list[int] = []
-
-    def run(*args: Any) -> tuple[Any, list[Any]]:
-        with _compat.FunctionalTensorMode(pre_dispatch=True, export=True):
-            inputs = [_compat.to_fun(a) if isinstance(a, torch.Tensor) else a for a in args]
-            with fx_traceback.preserve_node_meta():
-                outputs = _Normalise(gm).run(*inputs)
-            outputs = pytree.tree_map_only(torch.Tensor, _compat.from_fun, outputs)
-            updates: list[Any] = []
-            for index, value in enumerate(inputs):
-                if isinstance(value, torch.Tensor) and _compat.has_data_mutation(value):
-                    mutated.append(index)
-                    updates.append(_compat.from_fun(value))
-        return outputs, updates
-
-    with fake_mode, fx_traceback.preserve_node_meta():
-        traced = _compat.make_fx(run, _DECOMPOSITIONS, pre_dispatch=True, tracing_mode="real")(*values)
+    try:
+        traced, mutated, num_traced = _trace(gm, values, fake_mode, find_repeats(gm.graph))
+    except CannotRepeatError:
+        traced, mutated, num_traced = _trace(gm, values, fake_mode, [])
     keep_numbers_as_tensors(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     replacements = dict(_compat.shape_replacements(fake_mode))
@@ -124,6 +114,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
         parameters=parameters,
         trainable=trainable | set(parameters),
         mutated=[placeholders[index] for index in mutated],
+        num_traced=num_traced,
     )
 
 
@@ -146,11 +137,42 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-class _Normalise(fx.Interpreter):
-    """Runs Dynamo's graph for tracing; higher-order operators (`autograd.Function`, `flex_attention`) are recorded whole.
+def _trace(
+    gm: fx.GraphModule, values: Sequence[Any], fake_mode: FakeTensorMode, repeats: Sequence[Repeat]
+) -> tuple[fx.GraphModule, list[int], int]:
+    """Return the normalised graph, the inputs whose updates in place are its last outputs, and how many operators were traced."""
+    mutated: list[int] = []
+    normalise = _Normalise(gm, repeats)
 
-    Tracing into an `autograd.Function` would record its forward and lose its backward.
+    def run(*args: Any) -> tuple[Any, list[Any]]:
+        with _compat.FunctionalTensorMode(pre_dispatch=True, export=True):
+            inputs = [_compat.to_fun(a) if isinstance(a, torch.Tensor) else a for a in args]
+            with fx_traceback.preserve_node_meta():
+                outputs = normalise.run(*inputs)
+            outputs = pytree.tree_map_only(torch.Tensor, _compat.from_fun, outputs)
+            updates: list[Any] = []
+            for index, value in enumerate(inputs):
+                if isinstance(value, torch.Tensor) and _compat.has_data_mutation(value):
+                    mutated.append(index)
+                    updates.append(_compat.from_fun(value))
+        return outputs, updates
+
+    with fake_mode, fx_traceback.preserve_node_meta():
+        traced = _compat.make_fx(run, _DECOMPOSITIONS, pre_dispatch=True, tracing_mode="real")(*values)
+    normalise.repetitions.expand(traced.graph)
+    return traced, mutated, normalise.repetitions.num_traced
+
+
+class _Normalise(fx.Interpreter):
+    """Runs Dynamo's graph for tracing, repetitions only once.
+
+    Higher-order operators (`autograd.Function`, `flex_attention`) are recorded whole: tracing into an `autograd.Function` would
+    record its forward and lose its backward.
     """
+
+    def __init__(self, gm: fx.GraphModule, repeats: Sequence[Repeat]) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.repetitions = Repetitions(repeats)
 
     def call_function(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
         if isinstance(target, torch._ops.HigherOrderOperator):
@@ -158,8 +180,11 @@ class _Normalise(fx.Interpreter):
         return super().call_function(target, args, kwargs)  # type: ignore[arg-type]
 
     def run_node(self, n: fx.Node) -> Any:
+        if self.repetitions.take(n, self.env):
+            return self.env[n]
         self._node = n
-        return super().run_node(n)
+        with self.repetitions.tracing(n):
+            return super().run_node(n)
 
     def _record(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tracer = _compat.current_tracer()
