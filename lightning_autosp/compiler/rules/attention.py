@@ -33,7 +33,9 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
     if not (facts.has_sequence(key) or facts.has_sequence(value)):
         return _over_fixed_keys(facts, node, given, layout)
     key_layout = facts.layout(key)
-    if key_layout is None or key_layout.dim != rows or facts.shape(key)[:-3] != facts.shape(query)[:-3]:
+    if key_layout is None or key_layout.dim != rows or key_layout.merged:
+        return None
+    if facts.shape(key)[:-3] != facts.shape(query)[:-3]:
         return None
     value_layout = facts.fit(value, rows, key_layout)
     if value_layout is None or facts.shape(value)[:-3] != facts.shape(query)[:-3]:
