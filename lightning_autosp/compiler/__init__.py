@@ -5,6 +5,8 @@
 | `capture.py`    | Dynamo's graph, normalised to functional ATen with symbolic shapes   |
 | `repeats.py`    | repeated layers are traced once                                      |
 | `scalars.py`    | numbers read from tensors stay tensors                               |
+| `vmaps.py`      | vmap as batched operators                                            |
+| `flex.py`       | `flex_attention` as scores and a mask                                |
 | `written_out.py`| attention that is written out, as the operator it is                 |
 | `regions.py`    | attention and its mask as one node                                   |
 | `tiling.py`     | rows of such a node from rows of its inputs                          |

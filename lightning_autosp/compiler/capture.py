@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from lightning_autosp import _compat
+from lightning_autosp.compiler.flex import write_out_flex_attention
 from lightning_autosp.compiler.layout import as_expr
 from lightning_autosp.compiler.repeats import CannotRepeatError, Repeat, Repetitions, find_repeats
 from lightning_autosp.compiler.scalars import keep_numbers_as_tensors
@@ -80,6 +81,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
     examples = [_compat.example_of(node) for node in sources]
     fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
     _inline_checkpoints(gm)
+    write_out_flex_attention(gm, fake_mode)
     inline_vmaps(gm, fake_mode)
 
     try:
