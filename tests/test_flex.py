@@ -92,7 +92,6 @@ def test_scores(name: str, mask: str | None) -> None:
 
 
 def test_a_block_mask_that_hides_more_than_its_function_is_not_replaced() -> None:
-    net = Net()
     one = torch.ones(1, 1, 1, dtype=torch.int32)
     mask = BlockMask.from_kv_blocks(0 * one, (0 * one)[..., None], BLOCK_SIZE=128, seq_lengths=(LENGTH, LENGTH))
     targets = []

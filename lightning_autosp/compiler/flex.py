@@ -1,8 +1,8 @@
 """`flex_attention` as what it says: scores, changed by a function of batch, head, row and column, and a mask that is another.
 
-Both functions are vmapped over all pairs, as PyTorch's own reference does it; `regions.py` then sees to it that pairs are computed in
-tiles. A block mask only says again, a block at a time, what its function says of every pair, if `create_block_mask` made it of that
-function. One that comes from elsewhere may hide more, and the operator stays as it is.
+Both functions are vmapped over all pairs, as PyTorch's own reference does it; `regions.py` then sees to it that pairs are computed
+in tiles. A block mask only says again, a block at a time, what its function says of every pair, if `create_block_mask` made it of
+that function. One that comes from elsewhere may hide more, and the operator stays as it is.
 """
 
 from __future__ import annotations
