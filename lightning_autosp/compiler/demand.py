@@ -25,6 +25,8 @@ from lightning_autosp.compiler.plan import Form, Plan
 from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Facts, Sharding, tensor_inputs
 from lightning_autosp.compiler.rules.attention import emit_region
+from lightning_autosp.compiler.rules.experts import leaking_sorts
+from lightning_autosp.compiler.rules.factories import part
 from lightning_autosp.compiler.rules.random import can_broadcast, emit_whole, is_random
 
 __all__ = ["make_plan"]
@@ -89,8 +91,9 @@ def _plan(
     keep_parts: bool,
     *,
     shard_random: bool,
+    whole_sorts: frozenset[fx.Node] = frozenset(),
 ) -> Plan:
-    facts = Facts(captured, symbols, mesh, too_short, arriving)
+    facts = Facts(captured, symbols, mesh, too_short, arriving, whole_sorts)
     possible: dict[fx.Node, Sharding] = {}
     for node in captured.graph.nodes:
         if any(source in facts.trained for source in node.all_input_nodes):
@@ -105,9 +108,16 @@ def _plan(
         if sharding is not None:
             possible[node] = sharding
             facts.layouts[node] = sharding.output
+            if any(layout.routed for layout in _outputs(sharding)):
+                facts.trained.add(node)  # data too: sorted on every rank, it has no whole form
         else:
             facts.layouts[node] = facts.arriving.get(node) or _layout_of_whole(facts, node)
-    return _demand(facts, possible, keep_parts=keep_parts)
+    plan = _demand(facts, possible, keep_parts=keep_parts)
+    leaks = leaking_sorts(plan)
+    if not leaks:
+        return plan
+    options = too_short, arriving, keep_parts
+    return _plan(captured, symbols, mesh, *options, shard_random=shard_random, whole_sorts=whole_sorts | leaks)
 
 
 def _propose(facts: Facts, node: fx.Node) -> Sharding | None:
@@ -127,7 +137,7 @@ def _assumptions(facts: Facts, node: fx.Node) -> Iterator[dict[fx.Node, Layout |
     """Yield other layouts of a node's inputs, the cheapest exchange first."""
     inputs = [source for source in tensor_inputs(node) if facts.has_sequence(source)]
     now = {source: facts.layout(source) for source in inputs}
-    if not inputs or all(layout is None for layout in now.values()):
+    if all(layout is None for layout in now.values()) or any(layout is not None and layout.routed for layout in now.values()):
         return
     seen = [now]
 
@@ -174,7 +184,7 @@ def _cut_like(facts: Facts, node: fx.Node, wanted: Layout) -> Sharding | None:
     inputs = [source for source in tensor_inputs(node) if facts.has_sequence(source)]
     shape = facts.shape(node)
     if not 0 < len(inputs) <= 3:
-        return None
+        return part(facts, node, wanted)
     choices = []
     for source in inputs:
         own = facts.shape(source)
@@ -199,9 +209,13 @@ def _ask(facts: Facts, node: fx.Node) -> Sharding | None:
     sharding = rules.find(facts, node)
     if sharding is None:
         return None
-    outputs = sharding.output if isinstance(sharding.output, tuple) else (sharding.output,)
-    spans = {layout.span for layout in (*outputs, *sharding.needs.values()) if layout is not None}
+    spans = {layout.span for layout in (*_outputs(sharding), *sharding.needs.values())}
     return None if spans & facts.too_short else sharding
+
+
+def _outputs(sharding: Sharding) -> list[Layout]:
+    outputs = sharding.output if isinstance(sharding.output, tuple) else (sharding.output,)
+    return [layout for layout in outputs if layout is not None]
 
 
 def _item_sharding(node: fx.Node, possible: dict[fx.Node, Sharding]) -> Sharding | None:
@@ -219,7 +233,7 @@ def _layout_of_whole(facts: Facts, node: fx.Node) -> Layout | None:
     if len(dims) == 1:
         for source in tensor_inputs(node):
             own = facts.layout(source)
-            if own is not None and own.along_sequence and own.size == shape[dims[0]]:
+            if own is not None and not own.routed and own.along_sequence and own.size == shape[dims[0]]:
                 return own.at(dims[0])
     return facts.shape_layout(shape)
 
@@ -238,7 +252,8 @@ def _demand(facts: Facts, possible: dict[fx.Node, Sharding], *, keep_parts: bool
             for value in pytree.tree_leaves(outputs):
                 if isinstance(value, fx.Node) and not is_size(value):
                     stays = keep_parts and value in facts.trained and (value in possible or value in facts.arriving)
-                    returned[value] = facts.layout(value) if stays else None
+                    layout = facts.layout(value) if stays else None
+                    returned[value] = None if layout is None or layout.routed else layout
                     ask(value, returned[value], node)
             for value in updates:
                 if not is_size(value):
@@ -271,6 +286,8 @@ def _demand(facts: Facts, possible: dict[fx.Node, Sharding], *, keep_parts: bool
         for source in node.all_input_nodes:
             if source not in unused and not is_size(source):
                 ask(source, needs.get(source), node)
+        for source, form in (chosen.also if chosen else {}).items():
+            ask(source, form, node)
     return Plan(facts, shardings, dict(demands), returned, rank_streams=False, whole={})
 
 

@@ -259,6 +259,7 @@ class Emitter:
         others = [other for other in self.plan.demands.get(node, {}) if other != form]
         if not others:
             return
+        assert not any(x is not None and x.routed for x in (form, *others)), f"{node} has only the form {form}, not {others}"
         if form is not None:
             for other in list(others):
                 if other is not None and not (form.dim == other.dim and self.integer(form.outer) != self.integer(other.outer)):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
+from torch import fx
 
 __all__ = ["ONE", "Layout", "ShardTooShortError", "Span", "as_expr", "base_cuts", "layout_of_shape", "span_of"]
 
@@ -63,12 +64,18 @@ class Layout:
 
     `outer` and `inner` differ from 1 only where a view merged the dimension with its neighbours: `(B, s, D) -> (B*s, D)`
     has `outer == B`. A rank's local tensor has size `outer * local_length * inner` there.
+
+    With `order` or `points` the part is no slice of the whole, so neither is made of the other (`rules/experts.py`).
     """
 
     dim: int
     span: Span
     outer: sympy.Expr = ONE
     inner: sympy.Expr = ONE
+    order: fx.Node | None = None
+    """The sort that put the rows in order: on every rank the rank's own rows, by their own keys."""
+    points: Layout | None = None
+    """The rows that the values are positions of, counted in the rank's part; `None` if the values are those of one device."""
 
     @property
     def size(self) -> sympy.Expr:
@@ -77,6 +84,16 @@ class Layout:
     @property
     def merged(self) -> bool:
         return self.outer != 1 or self.inner != 1
+
+    @property
+    def routed(self) -> bool:
+        """Whether a part is something else than a slice of the whole."""
+        return self.order is not None or self.points is not None
+
+    @property
+    def rows(self) -> Layout:
+        """Which rows the rank has and in which order, whatever tensor they are of."""
+        return replace(self, dim=0, points=None)
 
     @property
     def along_sequence(self) -> bool:

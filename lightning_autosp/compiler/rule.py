@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sympy
@@ -34,6 +34,7 @@ class Sharding:
         note: What the report says of it.
         mask: For attention, what its mask was proven to be and what became of it.
         unused: Inputs the emitted form does without.
+        also: Values wanted that are no inputs.
     """
 
     needs: Mapping[fx.Node, Layout]
@@ -43,6 +44,7 @@ class Sharding:
     note: str = ""
     mask: str = ""
     unused: tuple[fx.Node, ...] = ()
+    also: Mapping[fx.Node, Layout | None] = field(default_factory=dict)
 
 
 Rule = Callable[["Facts", fx.Node], "Sharding | None"]
@@ -72,6 +74,7 @@ class Facts:
         mesh: DeviceMesh,
         too_short: frozenset[Span] = frozenset(),
         arriving: Mapping[fx.Node, Layout] | None = None,
+        whole_sorts: frozenset[fx.Node] = frozenset(),
     ) -> None:
         self.captured = captured
         self.symbols = frozenset(symbols)
@@ -80,6 +83,8 @@ class Facts:
         """Spans that leave some rank without a position."""
         self.arriving = dict(arriving or {})
         """Inputs of which every rank is given its part, with their layouts."""
+        self.whole_sorts = whole_sorts
+        """Sorts of rows whose order means something beyond the rows, so that ranks cannot sort their own."""
         self.layouts: dict[fx.Node, Layout | None | tuple[Layout | None, ...]] = {}
         self.trained: set[fx.Node] = {*captured.trainable, *self.arriving}
         """Nodes computed from something that requires grad; the others are data, cheap enough to hold in full."""
@@ -143,4 +148,7 @@ class Facts:
 
     def fit(self, node: fx.Node, dim: int, like: Layout) -> Layout | None:
         """Return the layout in which `node` can be sliced along `dim` to match `like`, or `None`."""
-        return like.at(dim) if self.shape(node)[dim] == like.size else None
+        if self.shape(node)[dim] != like.size:
+            return None
+        own, fitted = self.layout(node), like.at(dim)
+        return fitted if own == fitted or not (like.routed or (own is not None and own.routed)) else None

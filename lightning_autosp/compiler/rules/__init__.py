@@ -14,6 +14,7 @@ from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding
 from lightning_autosp.compiler.rules import (
     attention,
+    experts,
     factories,
     indexing,
     lookups,
@@ -48,6 +49,7 @@ _families: dict[Any, Rule] = {
 
 def find(facts: Facts, node: fx.Node) -> Sharding | None:
     """Return how to compute `node` from shards, or `None` if that is not known."""
-    if isinstance(node.target, Region):
-        return attention.region(facts, node)
-    return _families.get(node.target, generic)(facts, node)
+    rule = attention.region if isinstance(node.target, Region) else _families.get(node.target, generic)
+    if experts.takes_routed(facts, node):
+        return experts.routed(facts, node, rule)
+    return experts.route(facts, node) or rule(facts, node)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from lightning_autosp.compiler.emit import Emitter
+from lightning_autosp.compiler.layout import Layout
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, tensor_inputs
 
-__all__ = ["RULES", "factory"]
+__all__ = ["RULES", "factory", "part"]
 
 aten = torch.ops.aten
 
@@ -22,6 +24,19 @@ def factory(facts: Facts, node: fx.Node) -> Sharding | None:
     out = facts.shape_layout(facts.shape(node))
     if out is None:
         return Sharding(needs, None) if needs else None
+    for layout in needs.values():
+        if layout.dim == out.dim and layout.size == out.size:  # cut as the template is, which it will meet
+            out = replace(layout, order=None, points=None)
+    return _filled(node, needs, out)
+
+
+def part(facts: Facts, node: fx.Node, wanted: Layout) -> Sharding | None:
+    """Return how to make this part of a tensor that could be cut in any way."""
+    fits = node.target in RULES and not tensor_inputs(node) and facts.shape(node)[wanted.dim] == wanted.size
+    return _filled(node, {}, wanted) if fits and not wanted.routed else None
+
+
+def _filled(node: fx.Node, needs: dict[fx.Node, Layout], out: Layout) -> Sharding:
     index = [argument.name for argument in node.target._schema.arguments].index("size")  # type: ignore[union-attr]
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:

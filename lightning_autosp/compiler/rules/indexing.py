@@ -33,6 +33,8 @@ def slice_(facts: Facts, node: fx.Node) -> Sharding | None:
     if layout is None or dim != layout.dim:
         return ask_pytorch(facts, node)
     size = facts.shape(node)[dim]
+    if size == layout.size:  # `x[:, None]` slices too
+        return Sharding({source: layout}, layout, lambda em, n: em.get(source, layout))
 
     def positions(em: Emitter) -> list[range]:
         return [range(em.integer(layout.size))[em.value(given["start"]) : em.value(given["end"]) : em.value(given["step"])]]
@@ -101,6 +103,14 @@ def cat(facts: Facts, node: fx.Node) -> Sharding | None:
 
         return Sharding(needs, layout, emit)
 
+    cuts = {piece: own for piece in pieces if (own := facts.layout(piece)) is not None}
+    if (
+        layout.outer != 1
+        and len(cuts) == len(set(pieces))
+        and all(own == replace(layout, outer=own.outer) for own in cuts.values())
+    ):
+        outer = sum((cuts[piece].outer for piece in pieces), start=sympy.Integer(0))
+        return Sharding(cuts, replace(layout, outer=outer))
     others = [piece for piece in pieces if piece is not main]
     if layout.merged or pieces.count(main) != 1 or any(facts.shape(piece)[dim].free_symbols for piece in others):
         return join(facts, node, pieces, dim)
@@ -199,7 +209,7 @@ def stack(facts: Facts, node: fx.Node) -> Sharding | None:
 RULES: dict[Any, Rule] = {
     aten.slice.Tensor: slice_,
     aten.select.int: select,
-    aten.cat.default: cat,
+    **dict.fromkeys([aten.cat.default, aten.concat.default, aten.concatenate.default], cat),
     aten.stack.default: stack,
     aten.constant_pad_nd.default: pad,
     aten.pad.default: pad,

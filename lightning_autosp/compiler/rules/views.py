@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -11,7 +12,7 @@ from torch import fx
 
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound, tensor_inputs
 from lightning_autosp.compiler.rules.positions import pieces as pieces_of_sequence
 
 __all__ = ["RULES", "VIEWS", "through_view"]
@@ -29,7 +30,8 @@ def view(facts: Facts, node: fx.Node) -> Sharding | None:
     out = through_view(facts.shape(source), facts.shape(node), layout)
     if out is None:
         return None if layout.merged else _into_chunks(facts, node, source, layout)
-    return Sharding({source: layout}, out, functools.partial(_reshape, layout=layout, out=out))
+    emit = functools.partial(_reshape, layout=layout, out=out)
+    return Sharding({source: layout}, out, emit, unused=_templates(node))
 
 
 def _into_chunks(facts: Facts, node: fx.Node, source: fx.Node, layout: Layout) -> Sharding | None:
@@ -41,7 +43,8 @@ def _into_chunks(facts: Facts, node: fx.Node, source: fx.Node, layout: Layout) -
         span = facts.span_of(size)
         if span is not None and before == 1 and length.is_Integer:
             need, out = Layout(layout.dim, span, inner=length), Layout(dim, span)
-            return Sharding({source: need}, out, functools.partial(_reshape, layout=need, out=out))
+            emit = functools.partial(_reshape, layout=need, out=out)
+            return Sharding({source: need}, out, emit, unused=_templates(node))
     return None
 
 
@@ -54,7 +57,7 @@ def through_view(shape_in: tuple[sympy.Expr, ...], shape_out: tuple[sympy.Expr, 
         inner = sympy.cancel(behind / sympy.prod(shape_out[dim + 1 :]))
         # A view keeps the number of elements, so this dimension then holds exactly `outer * length * inner`.
         if _whole(outer) and _whole(inner):
-            return Layout(dim, layout.span, outer, inner)
+            return replace(layout, dim=dim, outer=outer, inner=inner)
     return None
 
 
@@ -88,7 +91,12 @@ def expand(facts: Facts, node: fx.Node) -> Sharding | None:
         value = em.get(source, needs.get(source))
         return em.call(aten.expand.default, (value, em.local_shape(n, out)))
 
-    return Sharding(needs, out, emit)
+    return Sharding(needs, out, emit, unused=_templates(node))
+
+
+def _templates(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Return the tensors of which an operator (`view_as`) takes the shape only."""
+    return tuple(other for other in tensor_inputs(node) if other is not node.args[0])
 
 
 def pieces(facts: Facts, node: fx.Node) -> Sharding | None:
