@@ -5,7 +5,7 @@
 | `capture.py`    | Dynamo's graph, normalised to functional ATen with symbolic shapes   |
 | `repeats.py`    | repeated layers are traced once                                      |
 | `scalars.py`    | numbers read from tensors stay tensors                               |
-| `vmaps.py`      | vmap as batched operators                                            |
+| `inline.py`     | checkpoints and vmap in Dynamo's graph                               |
 | `flex.py`       | `flex_attention` as scores and a mask                                |
 | `written_out.py`| attention that is written out, as the operator it is                 |
 | `regions.py`    | attention and its mask as one node                                   |

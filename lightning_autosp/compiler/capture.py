@@ -17,14 +17,13 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import CheckpointPolicy
 
 from lightning_autosp import _compat
 from lightning_autosp.compiler.flex import write_out_flex_attention
+from lightning_autosp.compiler.inline import inline_checkpoints, inline_vmaps
 from lightning_autosp.compiler.layout import as_expr
 from lightning_autosp.compiler.repeats import CannotRepeatError, Repeat, Repetitions, find_repeats
 from lightning_autosp.compiler.scalars import keep_numbers_as_tensors
-from lightning_autosp.compiler.vmaps import inline_vmaps
 
 __all__ = ["Captured", "capture", "is_size"]
 
@@ -80,7 +79,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
     values = [node.meta["example_value"] for node in sources]
     examples = [_compat.example_of(node) for node in sources]
     fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
-    _inline_checkpoints(gm)
+    inline_checkpoints(gm)
     write_out_flex_attention(gm, fake_mode)
     inline_vmaps(gm, fake_mode)
 
@@ -206,35 +205,3 @@ class _Normalise(fx.Interpreter):
         value = self._node.meta["example_value"]
         _compat.track_tensor_tree(value, fx.Proxy(node, tracer), constant=None, tracer=tracer)
         return pytree.tree_map_only(torch.Tensor, _compat.to_fun, value)
-
-
-def _inline_checkpoints(gm: fx.GraphModule) -> None:
-    """Replace `torch.utils.checkpoint` calls by their bodies, each operator tagged for recomputation."""
-    for node in list(gm.graph.nodes):
-        if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
-            continue
-        body = getattr(gm, node.args[0].target)
-        _inline_checkpoints(body)
-        mapping = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[1:], strict=True))
-        with gm.graph.inserting_before(node):
-            for inner in body.graph.nodes:
-                if inner.op == "placeholder":
-                    continue
-                if inner.op == "output":
-                    returned = fx.map_arg(inner.args[0], mapping.__getitem__)
-                    break
-                if inner.op == "get_attr":
-                    name = f"{node.name}_{inner.target}".replace(".", "_")
-                    setattr(gm, name, getattr(body, inner.target))
-                    copy = gm.graph.get_attr(name)
-                    copy.meta = dict(inner.meta)
-                else:
-                    copy = gm.graph.node_copy(inner, mapping.__getitem__)
-                    copy.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-                mapping[inner] = copy
-        for user in list(node.users):  # the operator returns a tuple, so every user picks one of its values
-            user.replace_all_uses_with(returned[user.args[1]])
-            gm.graph.erase_node(user)
-        gm.graph.erase_node(node)
-    gm.graph.lint()
-    gm.recompile()
