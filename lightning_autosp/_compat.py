@@ -6,7 +6,7 @@ Checked against torch 2.13.0. Each entry says what it is for; when a release mov
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 # Tie a fake tensor that no traced operator produced to a node of the graph being traced (opaque higher-order operators).
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 
 __all__ = [
+    "DYNAMO_IGNORES_MODES",
     "VMAP_CLOSES",
     "VMAP_OPENS",
     "FunctionalTensorMode",
@@ -44,8 +46,13 @@ __all__ = [
     "node_of",
     "shape_replacements",
     "to_fun",
+    "without_top_mode",
     "track_tensor_tree",
 ]
+
+
+DYNAMO_IGNORES_MODES = hasattr(TorchDispatchMode, "ignore_compile_internals")
+"""Whether a dispatch mode can let Dynamo compile what runs under it. Older versions leave all of it to eager code."""
 
 
 def from_fun(tensor: Any) -> Any:
@@ -111,6 +118,12 @@ def example_of(placeholder: torch.fx.Node) -> Any:
 def forbid_reading(tensor: torch.Tensor) -> None:
     """Make C++ code that asks for the memory of a tensor that has none fail, instead of reading address 0."""
     torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def without_top_mode(kind: type) -> AbstractContextManager[Any]:
+    """Leave the innermost dispatch mode for a while, if it is of this kind."""
+    mode = _get_current_dispatch_mode()
+    return _pop_mode_temporarily() if isinstance(mode, kind) else nullcontext()
 
 
 def shape_replacements(fake_mode: Any) -> dict[Any, Any]:

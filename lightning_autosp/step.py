@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 from lightning_autosp import _compat
-from lightning_autosp.compiler.crossing import PartTensor
+from lightning_autosp.compiler.crossing import EagerMarks, PartTensor
 from lightning_autosp.compiler.report import GraphBreak, StrictModeError
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.specialise import Compiler
@@ -43,8 +43,12 @@ def batch_tensors(batch: Any) -> list[Tensor]:
     return found
 
 
-def mark_sequence(batch: Any, sequence_dim: int) -> None:
-    """Give the sequence dimension of every tensor a symbol, and other dimensions of that length (an attention mask's) one each."""
+def mark_sequence(batch: Any, sequence_dim: int) -> int:
+    """Give the sequence dimension of every tensor a symbol, and other dimensions of that length (an attention mask's) one each.
+
+    Returns:
+        The length of the longest sequence.
+    """
     tensors = [tensor for tensor in batch_tensors(batch) if tensor.ndim > sequence_dim]
     length = max((tensor.shape[sequence_dim] for tensor in tensors), default=0)
     batch_dim = 1 if sequence_dim == 0 else 0
@@ -52,6 +56,7 @@ def mark_sequence(batch: Any, sequence_dim: int) -> None:
         for dim, size in enumerate(tensor.shape):
             if dim == sequence_dim or (dim != batch_dim and size == length):
                 _compat.mark_dynamic(tensor, dim)
+    return length
 
 
 class CompiledStep:
@@ -72,11 +77,12 @@ class CompiledStep:
         self._run = torch.compile(self._user_step(), backend=self.compiler, fullgraph=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mark_sequence((args, kwargs), self.sequence_dim)
+        length = mark_sequence((args, kwargs), self.sequence_dim)
         while True:
             values = self.parameters.standing_in() if self._mode == "whole" else self.parameters.whole()
             try:
-                with values, self._deferred.recording(one_graph=self._mode == "whole"):
+                marks = EagerMarks(length) if self._mode == "pieces" and _compat.DYNAMO_IGNORES_MODES else contextlib.nullcontext()
+                with values, self._deferred.recording(one_graph=self._mode == "whole"), marks:
                     result = self._run(*args, **kwargs)
                 break
             except StrictModeError:

@@ -15,8 +15,12 @@ from simulated import assert_step_exact, run_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_autosp import _compat
 from lightning_autosp.compiler.crossing import PartTensor
 from lightning_autosp.compiler.report import Report
+
+# The ranks are simulated by a dispatch mode, under which older versions compile nothing.
+pytestmark = pytest.mark.skipif(not _compat.DYNAMO_IGNORES_MODES, reason="this torch compiles nothing under a dispatch mode")
 
 cut = torch._dynamo.graph_break
 
@@ -223,6 +227,11 @@ def changes(x: Tensor) -> Tensor:
     return x
 
 
+def assigns(x: Tensor) -> Tensor:
+    x.data = x.data * 2
+    return x
+
+
 def derives(x: Tensor) -> Tensor:
     return x[:, ::2].mean(1, keepdim=True) + x
 
@@ -244,7 +253,7 @@ class Function(torch.autograd.Function):
         return 2 * x * gradient
 
 
-@pytest.mark.parametrize("look", [changes, derives, hooks, Function.apply])
+@pytest.mark.parametrize("look", [changes, assigns, derives, hooks, Function.apply])
 def test_what_python_makes_of_it_is_exact(look: Any) -> None:
     def between(model: Model, x: Tensor) -> Tensor:
         y: Tensor = uncompiled(look, x * 1)
@@ -278,6 +287,17 @@ def test_views_that_are_changed_after_a_break_are_refused() -> None:
         run_step(Model(between), [batch()])
 
 
+def test_a_new_shape_in_place_is_refused() -> None:
+    def between(model: Model, x: Tensor) -> Tensor:
+        uncompiled(x.transpose_, 0, 1)
+        return x
+
+    with pytest.raises(
+        RuntimeError, match=r"aten.transpose_.default at .*test_breaks.py:.* changes the shape of a tensor"
+    ):
+        run_step(Model(between), [batch()])
+
+
 def test_hooks_after_the_first_use_are_refused() -> None:
     def between(model: Model, x: Tensor) -> Tensor:
         cut()
@@ -300,6 +320,32 @@ def test_code_that_reads_memory_past_the_operators_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match=r"training_step: a function that is no PyTorch operator .* x.clone\(\)"):
         run_step(Model(between), [batch()])
+
+
+class Layers(Model):
+    """Dynamo compiles no function with a break inside a loop: embedding and head are left to eager code."""
+
+    def __init__(self) -> None:
+        super().__init__(just_a_break)
+        self.positions = nn.Embedding(64, modules.WIDTH).double()
+        self.layers = nn.ModuleList([self.first, self.second, modules.Block(causal=True).double()])
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        ids = batch["ids"]
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+        for layer in self.layers:
+            x = layer(x)
+            cut()
+        return self.loss(self.head(x), batch)
+
+
+def test_breaks_in_a_loop() -> None:
+    report = assert_step_exact(Layers(), [batch(), batch(16)])
+    blocks = [step for step in report.steps if step.attention]
+    assert [step.length for step in blocks] == [13, 13, 13, 16, 16, 16]
+    assert all(len(step.crossings) == 1 and not step.gathered and not step.in_full for step in blocks)
+    assert [step.crossings[0].gathers for step in blocks[:2]] == [[], []]
+    assert "aten.view.default at" in blocks[2].crossings[0].gathers[0]
 
 
 class Leaves(Model):
@@ -353,6 +399,6 @@ def test_hugging_face_gpt2() -> None:
 def test_only_what_passes_by_the_dispatcher_is_overridden() -> None:
     """Any other name of `Tensor` would be shadowed."""
     own = {name for name in vars(PartTensor) if hasattr(Tensor, name)} - set(vars(type("Plain", (Tensor,), {})))
-    hooks = {"__torch_function__", "__torch_dispatch__", "register_hook", "retain_grad"}
+    hooks = {"__torch_function__", "__torch_dispatch__", "register_hook", "retain_grad", "data"}
     memory = {"numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "__reduce_ex__", "__repr__", "__deepcopy__"}
     assert own - {"__annotations__"} == memory | hooks

@@ -194,4 +194,7 @@ def test_graph_break_is_exact_and_named(pool: Pool) -> None:
     assert len(run["report"]["graph_breaks"]) == 1
     assert "modules.py:" in run["report"]["graph_breaks"][0]["where"]
     assert run["report"]["num_graphs"]["training_step"] >= 2
+    steps = run["report"]["steps"]
+    assert [crossing["gathers"] for step in steps for crossing in step["crossings"]] == [[]]
+    assert [step["gathered"] + step["in_full"] for step in steps] == [[] for _ in steps]
     assert all(step["in_full"] == [] for step in run["report"]["steps"])

@@ -22,6 +22,7 @@ import sympy
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_autosp import _compat
 from lightning_autosp.collectives import Group, all_reduce_sum, reduce_scatter_sequence
@@ -29,7 +30,7 @@ from lightning_autosp.compiler.emit import gather_layout
 from lightning_autosp.compiler.layout import Layout, Span
 from lightning_autosp.compiler.report import Crossing, is_users
 
-__all__ = ["PartTensor", "Placement", "placement_of"]
+__all__ = ["EagerMarks", "PartTensor", "Placement", "placement_of"]
 
 
 class Placement(NamedTuple):
@@ -155,6 +156,18 @@ class PartTensor(Tensor):
         # In-place operators return what they were given.
         return pytree.tree_map_only(Tensor, lambda tensor: wrappers.get(id(tensor), tensor), result)
 
+    @property  # type: ignore[override]
+    def data(self) -> Tensor:
+        return super().data
+
+    @data.setter
+    @torch.compiler.disable
+    def data(self, value: Tensor) -> None:
+        self.refuse_update("an assignment to .data")
+        self.make_whole("an assignment to .data")
+        self._whole = value.make_whole("an assignment to .data") if isinstance(value, PartTensor) else value.data
+        self._refuse_new_shape("an assignment to .data")
+
     def _refuse_new_shape(self, func: Any) -> None:
         if self._whole.shape != self.shape or self._whole.stride() != self.stride():
             raise RuntimeError(
@@ -238,6 +251,34 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+class EagerMarks(TorchDispatchMode):
+    """While it is on, dimensions as long as the sequence get a symbol in what eager code computes, for the piece that takes it.
+
+    Dynamo leaves whole functions to eager code when it cannot cut them, those with a loop around the break above all.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._lengths = {length - 1, length, length + 1}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let Dynamo compile what runs under this mode."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(one, PartTensor) for one in types):  # it comes back with plain ones
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if not func._schema.is_mutable:
+            for tensor in pytree.tree_leaves(result):
+                if type(tensor) is Tensor and not tensor.is_nested:
+                    for dim, size in enumerate(tensor.shape):
+                        if size in self._lengths:
+                            _compat.mark_dynamic(tensor, dim)
+        return result
 
 
 def placement_of(value: Any) -> Placement | None:

@@ -19,7 +19,7 @@ from lightning_autosp import _compat
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.backend import CompileBackend, OnGraph, compile_module
 from lightning_autosp.compiler.capture import Captured, capture
-from lightning_autosp.compiler.crossing import PartTensor, Placement, placement_of
+from lightning_autosp.compiler.crossing import EagerMarks, PartTensor, Placement, placement_of
 from lightning_autosp.compiler.demand import make_plan
 from lightning_autosp.compiler.emit import Emitter, Program
 from lightning_autosp.compiler.layout import ShardTooShortError, Span
@@ -102,6 +102,10 @@ class LoweredStep:
         self._where = _find_symbols(captured)
 
     def __call__(self, *inputs: Any) -> Any:
+        with _compat.without_top_mode(EagerMarks):
+            return self._call(*inputs)
+
+    def _call(self, *inputs: Any) -> Any:
         updated = {}
         for node in self.captured.mutated:
             index = self.captured.placeholders.index(node)
