@@ -292,9 +292,7 @@ def test_a_new_shape_in_place_is_refused() -> None:
         uncompiled(x.transpose_, 0, 1)
         return x
 
-    with pytest.raises(
-        RuntimeError, match=r"aten.transpose_.default at .*test_breaks.py:.* changes the shape of a tensor"
-    ):
+    with pytest.raises(RuntimeError, match=r"aten.transpose_.default at .*test_breaks.py:.* changes the shape of a tensor"):
         run_step(Model(between), [batch()])
 
 
