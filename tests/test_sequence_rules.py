@@ -263,6 +263,33 @@ def test_a_position_that_does_not_exist_fails_as_on_one_device() -> None:
         lower(net, (ids_of(8),), net)
 
 
+def linear_attention(x: Tensor, size: int, heads: int) -> Tensor:
+    """Gated delta rule by chunks, as Transformers writes it: solved within a chunk, a state from chunk to chunk."""
+    length, width = x.shape[1], D // heads
+    q = F.pad(x, (0, 0, 0, -length % size)).view(B, -1, heads, width).transpose(1, 2).reshape(B, heads, -1, size, width)
+    decay = q[..., 0].sigmoid().log().cumsum(-1)
+    system = (q @ q.transpose(-1, -2)).tril(-1) + torch.eye(size, dtype=q.dtype)
+    v = torch.linalg.solve_triangular(system, q, upper=False, unitriangular=True)
+    state = x.new_zeros(B, heads, width, width)
+    out = torch.zeros_like(q)
+    for i in range(q.shape[2]):
+        part = q[:, :, i]
+        out[:, :, i] = part @ state + (part @ part.transpose(-1, -2)).tril() @ v[:, :, i]
+        state = state * decay[:, :, i, -1, None, None].exp() + part.transpose(-1, -2) @ v[:, :, i]
+    out = out.reshape(B, heads, -1, width)[:, :, :length].transpose(1, 2)
+    gated = out.reshape(-1, width).sigmoid() * x.reshape(-1, width)
+    return gated.view(B, length, D)
+
+
+@pytest.mark.parametrize(("ranks", "span", "length"), RUNS)
+def test_recurrences_over_chunks_take_parts_of_the_heads(ranks: int, span: str, length: int) -> None:
+    check_sharded(lambda n, x: n.head(linear_attention(x, 4, 4)), ranks, span, length)
+
+
+def test_recurrences_over_chunks_without_heads_are_exact() -> None:
+    check(lambda n, x, i: n.head(linear_attention(x, 4, 1)).square().mean(), 13, num_ranks=2)
+
+
 REFUSED: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "positions_for_each_position": lambda n, x: x[..., 0].gather(1, (x[..., 0] > 0).long()),
     "norm_of_no_norms": lambda n, x: torch.linalg.vector_norm(x[..., 0], 0.5, 1),

@@ -11,6 +11,7 @@ import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import sympy
 import torch
@@ -23,7 +24,7 @@ from lightning_autosp.compiler.capture import Captured, is_size
 from lightning_autosp.compiler.layout import Layout, Span, span_of
 from lightning_autosp.compiler.plan import Form, Plan
 from lightning_autosp.compiler.regions import Region
-from lightning_autosp.compiler.rule import Facts, Sharding, tensor_inputs
+from lightning_autosp.compiler.rule import GIVEN_TO_ALL, Facts, Sharding, tensor_inputs
 from lightning_autosp.compiler.rules.attention import emit_region
 from lightning_autosp.compiler.rules.experts import leaking_sorts
 from lightning_autosp.compiler.rules.factories import part
@@ -68,13 +69,36 @@ def make_plan(
         keep_parts: Whether outputs that are computed as parts are returned as parts; else whole.
     """
     options = frozenset(too_short), arriving, keep_parts
-    plan = _plan(captured, symbols, mesh, *options, shard_random=True)
+    plan = _make_plan(captured, symbols, mesh, *options, chunks=True)
+    if _cuts_chunks(plan):  # a recurrence over chunks rather wants all of them, and a part of the heads
+        plan = min(plan, _make_plan(captured, symbols, mesh, *options, chunks=False), key=_num_whole)
+    return plan
+
+
+def _cuts_chunks(plan: Plan) -> bool:
+    needs = ((source, layout) for sharding in plan.shardings.values() for source, layout in sharding.needs.items())
+    return any(layout.inner != 1 and layout != plan.facts.layout(source) for source, layout in needs)
+
+
+def _num_whole(plan: Plan) -> int:
+    """Return how many values of the model every rank computes, or is given, whole."""
+    count = 0
+    for node, forms in plan.demands.items():
+        if node.op == "call_function" and node in plan.facts.trained:
+            sharding = plan.shardings.get(node)
+            gathered = sharding is not None and isinstance(sharding.output, Layout) and None in forms
+            count += sharding is None or gathered or sharding.note == GIVEN_TO_ALL
+    return count
+
+
+def _make_plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh, *options: Any, chunks: bool) -> Plan:
+    plan = _plan(captured, symbols, mesh, *options, shard_random=True, chunks=chunks)
     random = [node for node in plan.demands if is_random(node)]
     plan.rank_streams = any(node in plan.shardings for node in random)
     whole = {node for node in random if node not in plan.shardings}
     if plan.rank_streams and not all(can_broadcast(node) for node in whole):
         # A random operator that has to be whole and cannot be broadcast needs one stream for all ranks, and so do then the others.
-        plan = _plan(captured, symbols, mesh, *options, shard_random=False)
+        plan = _plan(captured, symbols, mesh, *options, shard_random=False, chunks=chunks)
         whole = {node for node in plan.demands if is_random(node)}
     if plan.facts.symbols:  # the first rank draws for all
         plan.whole = dict.fromkeys((node for node in whole if can_broadcast(node)), emit_whole)
@@ -91,9 +115,10 @@ def _plan(
     keep_parts: bool,
     *,
     shard_random: bool,
+    chunks: bool,
     whole_sorts: frozenset[fx.Node] = frozenset(),
 ) -> Plan:
-    facts = Facts(captured, symbols, mesh, too_short, arriving, whole_sorts)
+    facts = Facts(captured, symbols, mesh, too_short, arriving, whole_sorts, chunks=chunks)
     possible: dict[fx.Node, Sharding] = {}
     for node in captured.graph.nodes:
         if any(source in facts.trained for source in node.all_input_nodes):
@@ -117,7 +142,8 @@ def _plan(
     if not leaks:
         return plan
     options = too_short, arriving, keep_parts
-    return _plan(captured, symbols, mesh, *options, shard_random=shard_random, whole_sorts=whole_sorts | leaks)
+    whole_sorts |= leaks
+    return _plan(captured, symbols, mesh, *options, shard_random=shard_random, chunks=chunks, whole_sorts=whole_sorts)
 
 
 def _propose(facts: Facts, node: fx.Node) -> Sharding | None:
@@ -204,7 +230,8 @@ def _ask(facts: Facts, node: fx.Node) -> Sharding | None:
         node.meta.get("val"), (torch.Tensor, list, tuple)
     ):
         return None
-    if not facts.has_sequence(node) and not any(facts.has_sequence(source) for source in node.all_input_nodes):
+    inputs = node.all_input_nodes
+    if not facts.has_sequence(node) and not any(facts.has_sequence(one) or facts.layout(one) is not None for one in inputs):
         return None
     sharding = rules.find(facts, node)
     if sharding is None:

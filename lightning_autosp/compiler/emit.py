@@ -87,6 +87,19 @@ def exchange_dims(x: Tensor, have: Cut, want: Cut, group: Group) -> Tensor:
     return out.flatten(second[0] + 2, second[0] + 4).flatten(first[0], first[0] + 2).contiguous()
 
 
+def exchange_within(x: Tensor, have: Cut, want: Cut, group: Group) -> Tensor:
+    """`exchange_dims` for positions that were merged into one dimension, one of them within the other: heads behind a sequence."""
+    first, second = sorted((have, want), key=lambda cut: cut[1])
+    dim, outer, _, around = first
+    within = second[3]
+    apart = second[1] // (outer * around[-1][1])
+    # The dimension is `(outer, first's positions, apart, second's positions, second's inner)`.
+    sizes = [bounds[-1][1] if cut == want else -1 for cut, bounds in ((first, around), (second, within))]
+    split = x.unflatten(dim, (outer, sizes[0], apart, sizes[1], second[2]))
+    place = {first: dim + 1, second: dim + 3}
+    return exchange(split, place[have], have[3], place[want], want[3], group).flatten(dim, dim + 4).contiguous()
+
+
 class Emitter:
     """Builds one `Program`. Rules use its methods to read inputs and add calls."""
 
@@ -262,7 +275,7 @@ class Emitter:
         assert not any(x is not None and x.routed for x in (form, *others)), f"{node} has only the form {form}, not {others}"
         if form is not None:
             for other in list(others):
-                if other is not None and not (form.dim == other.dim and self.integer(form.outer) != self.integer(other.outer)):
+                if other is not None and (form.dim != other.dim or self._same_outer(form, other) or self._nested(form, other)):
                     self._env[(node, other)] = self._exchange(value, form, other)
                     others.remove(other)
             if not others:
@@ -277,11 +290,19 @@ class Emitter:
                 dims = (other.dim, self.integer(other.outer), self.integer(other.inner))
                 self._env[(node, other)] = self.call(slice_layout, (value, *dims, start, stop))
 
+    def _same_outer(self, one: Layout, other: Layout) -> bool:
+        return self.integer(one.outer) == self.integer(other.outer)
+
+    def _nested(self, one: Layout, other: Layout) -> bool:
+        """Whether the positions of one layout lie within those of the other, in a dimension that both were merged into."""
+        first, second = sorted((one, other), key=lambda layout: self.integer(layout.outer))
+        return self.integer(second.outer) % (self.integer(first.outer) * self.size(first)) == 0
+
     def _exchange(self, value: fx.Node, have: Layout, want: Layout) -> fx.Node:
         """Turn one part into another without making the whole."""
-        if have.dim != want.dim:
+        if have.dim != want.dim or not self._same_outer(have, want):
             cuts = [(x.dim, self.integer(x.outer), self.integer(x.inner), self.bounds(x)) for x in (have, want)]
-            return self.call(exchange_dims, (value, *cuts, self.group))
+            return self.call(exchange_dims if have.dim != want.dim else exchange_within, (value, *cuts, self.group))
         if self.cuts(have) == self.cuts(want):
             return value
         wanted = tuple(((start, stop, 1),) for start, stop in self.cuts(want))

@@ -16,10 +16,13 @@ from torch.utils import _pytree as pytree
 from lightning_autosp.compiler.capture import Captured
 from lightning_autosp.compiler.layout import Layout, Span, layout_of_shape, span_of
 
-__all__ = ["Facts", "Rule", "Sharding", "bound", "tensor_inputs"]
+__all__ = ["GIVEN_TO_ALL", "Facts", "Rule", "Sharding", "bound", "tensor_inputs"]
 
 Kind = Literal["local", "exchange", "reduction", "loss", "attention"]
 """`exchange`: local, but for positions or totals that ranks give each other first."""
+
+GIVEN_TO_ALL = "positions given to all ranks"
+"""What the report says of an operator that makes positions whole."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Facts:
         too_short: frozenset[Span] = frozenset(),
         arriving: Mapping[fx.Node, Layout] | None = None,
         whole_sorts: frozenset[fx.Node] = frozenset(),
+        *,
+        chunks: bool = True,
     ) -> None:
         self.captured = captured
         self.symbols = frozenset(symbols)
@@ -85,6 +90,8 @@ class Facts:
         """Inputs of which every rank is given its part, with their layouts."""
         self.whole_sorts = whole_sorts
         """Sorts of rows whose order means something beyond the rows, so that ranks cannot sort their own."""
+        self.chunks = chunks
+        """Whether sequences that views split are cut into whole chunks."""
         self.layouts: dict[fx.Node, Layout | None | tuple[Layout | None, ...]] = {}
         self.trained: set[fx.Node] = {*captured.trainable, *self.arriving}
         """Nodes computed from something that requires grad; the others are data, cheap enough to hold in full."""

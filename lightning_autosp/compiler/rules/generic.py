@@ -85,7 +85,7 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
     found = facts.reference(inputs)
     if found is None:
         return None
-    layout = found[1]
+    reference, layout = found
     needs: dict[fx.Node, Layout] = {}
     for value in inputs:
         own = facts.layout(value)
@@ -97,7 +97,10 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
         elif layout.along_sequence and facts.has_sequence(value) and node.target not in CONTRACTIONS:
             return None  # DTensor would cut it by itself
         elif not layout.along_sequence and layout.size in facts.shape(value):
-            return None
+            fitted = _batch_like(facts, node, value, reference, layout)
+            if fitted is None:
+                return None
+            needs[value] = fitted
     if any(facts.expr(n).free_symbols & facts.symbols for n in node.all_input_nodes if is_size(n)):
         return None  # a size argument: it would have to be made local, which only a rule knows how to do
     try:
@@ -124,6 +127,14 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
     # A whole output of sharded inputs would have taken communication: nothing else is believed.
     single = isinstance(node.meta["val"], torch.Tensor)
     return Sharding(needs, outputs[0] if single else tuple(outputs))
+
+
+def _batch_like(facts: Facts, node: fx.Node, value: fx.Node, reference: fx.Node, layout: Layout) -> Layout | None:
+    """Return how to cut a whole operand of a product of matrices like the other one, of whose batch a part is held."""
+    from_last = len(facts.shape(reference)) - layout.dim
+    dim = len(facts.shape(value)) - from_last
+    batched = node.target in (aten.matmul.default, aten.bmm.default, aten.baddbmm.default) and from_last > 2
+    return facts.fit(value, dim, layout) if batched and dim >= 0 else None
 
 
 def _argument(facts: Facts, node: fx.Node, layout: Layout | None, reference: Layout) -> Any:

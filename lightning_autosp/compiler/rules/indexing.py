@@ -16,7 +16,6 @@ from torch import fx
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import ONE, Layout
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound, tensor_inputs
-from lightning_autosp.compiler.rules.generic import ask_pytorch
 from lightning_autosp.compiler.rules.positions import choose, join, pad_by_copies
 from lightning_autosp.compiler.rules.windows import fetch_window
 
@@ -30,8 +29,10 @@ def slice_(facts: Facts, node: fx.Node) -> Sharding | None:
     given = bound(node)
     source = given["self"]
     layout, dim = facts.layout(source), given["dim"] % len(facts.shape(source))
-    if layout is None or dim != layout.dim:
-        return ask_pytorch(facts, node)
+    if layout is None:
+        return None
+    if dim != layout.dim:
+        return Sharding({source: layout}, layout)
     size = facts.shape(node)[dim]
     if size == layout.size:  # `x[:, None]` slices too
         return Sharding({source: layout}, layout, lambda em, n: em.get(source, layout))
@@ -64,11 +65,13 @@ def _without_ends(facts: Facts, source: fx.Node, layout: Layout, given: dict[str
 
 def select(facts: Facts, node: fx.Node) -> Sharding | None:
     """One position of the sequence (a class token, the last token): its owner gives it to all."""
-    source, dim, index = node.args[0], node.args[1], node.args[2]
-    assert isinstance(source, fx.Node)
-    layout = facts.layout(source)
-    if layout is None or dim % len(facts.shape(source)) != layout.dim:  # type: ignore[operator]
-        return ask_pytorch(facts, node)
+    given = bound(node)
+    source, index = given["self"], given["index"]
+    layout, dim = facts.layout(source), given["dim"] % len(facts.shape(source))
+    if layout is None:
+        return None
+    if dim != layout.dim:
+        return Sharding({source: layout}, layout.at(layout.dim - (dim < layout.dim)))
 
     def positions(em: Emitter) -> list[range]:
         position = range(em.integer(layout.size))[em.value(index)]

@@ -12,7 +12,7 @@ from lightning_autosp import collectives
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
+from lightning_autosp.compiler.rule import GIVEN_TO_ALL, Facts, Rule, Sharding, bound
 from lightning_autosp.compiler.rules.generic import ask_pytorch
 
 __all__ = ["RULES", "gather_across", "index_across"]
@@ -61,7 +61,7 @@ def _picked(
         args = (em.get(table, layout), whole, layout.dim, start, size, place, width, em.group)
         return em.call(index_across, args)
 
-    return Sharding({table: layout}, None, emit, kind="reduction", note="positions given to all ranks")
+    return Sharding({table: layout}, None, emit, kind="reduction", note=GIVEN_TO_ALL)
 
 
 def _local(positions: Tensor, start: int, length: int, size: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def gather(facts: Facts, node: fx.Node) -> Sharding | None:
         start, size = em.cuts(layout)[em.group.rank][0], em.integer(layout.size)
         return em.call(gather_across, (em.get(table, layout), dim, em.get(positions, None), start, size, em.group))
 
-    return Sharding({table: layout}, None, emit, kind="reduction", note="positions given to all ranks")
+    return Sharding({table: layout}, None, emit, kind="reduction", note=GIVEN_TO_ALL)
 
 
 def gather_across(x: Tensor, dim: int, positions: Tensor, start: int, size: int, group: Group) -> Tensor:

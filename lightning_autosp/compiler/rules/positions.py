@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
+from lightning_autosp.compiler.rule import GIVEN_TO_ALL, Facts, Rule, Sharding, bound
 from lightning_autosp.compiler.rules.generic import ask_pytorch
 from lightning_autosp.exchange import Range, fetch
 
@@ -71,6 +71,8 @@ def choose(
         value = em.call(fetch, (em.get(source, layout), layout.dim, em.cuts(layout), wanted, em.group))
         return value if then is None else then(em, value)
 
+    if out is None:
+        return Sharding({source: layout}, None, emit, kind="reduction", note=GIVEN_TO_ALL)
     return Sharding({source: layout}, out, emit, kind="exchange")
 
 

@@ -29,7 +29,7 @@ def view(facts: Facts, node: fx.Node) -> Sharding | None:
         return None
     out = through_view(facts.shape(source), facts.shape(node), layout)
     if out is None:
-        return None if layout.merged else _into_chunks(facts, node, source, layout)
+        return _into_chunks(facts, node, source, layout) if facts.chunks and not layout.merged else None
     emit = functools.partial(_reshape, layout=layout, out=out)
     return Sharding({source: layout}, out, emit, unused=_templates(node))
 
@@ -52,10 +52,14 @@ def through_view(shape_in: tuple[sympy.Expr, ...], shape_out: tuple[sympy.Expr, 
     """Return where a view from one shape to another puts the positions a layout cuts; `None` if it tears them apart."""
     before = sympy.prod(shape_in[: layout.dim]) * layout.outer
     behind = sympy.prod(shape_in[layout.dim + 1 :]) * layout.inner
-    for dim in range(len(shape_out)):
+    for dim, size in enumerate(shape_out):
         outer = sympy.cancel(before / sympy.prod(shape_out[:dim]))
         inner = sympy.cancel(behind / sympy.prod(shape_out[dim + 1 :]))
-        # A view keeps the number of elements, so this dimension then holds exactly `outer * length * inner`.
+        # A view keeps the number of elements: of the dimension's size `outer * length * inner` two factors tell the third.
+        if _whole(outer) and not _whole(inner):
+            inner = sympy.cancel(size / (outer * layout.span.length))
+        elif _whole(inner) and not _whole(outer):
+            outer = sympy.cancel(size / (layout.span.length * inner))
         if _whole(outer) and _whole(inner):
             return replace(layout, dim=dim, outer=outer, inner=inner)
     return None
@@ -74,18 +78,11 @@ def expand(facts: Facts, node: fx.Node) -> Sharding | None:
     """`expand` to a shape with one sequence dimension: expand to the local shape instead."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    shape = facts.shape(node)
-    out = facts.shape_layout(shape)
-    if out is None:
+    shape, own = facts.shape(node), facts.layout(source)
+    out = facts.shape_layout(shape) if own is None else own.at(own.dim + len(shape) - len(facts.shape(source)))
+    if out is None or out.size != shape[out.dim]:
         return None
-    offset = len(shape) - len(facts.shape(source))
-    needs: dict[fx.Node, Layout] = {}
-    own = facts.layout(source)
-    if own is not None:
-        out = own.at(own.dim + offset)
-        if out.size != shape[out.dim]:
-            return None
-        needs[source] = own
+    needs = {} if own is None else {source: own}
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
         value = em.get(source, needs.get(source))
