@@ -116,6 +116,7 @@ JOINED: dict[str, Written] = {
     "window": lambda n, q, k, v: dots(q, k).masked_fill(~window(q), float("-inf")).softmax(-1) @ v,
     "no_dropout": lambda n, q, k, v: F.dropout(dots(q, k).softmax(-1), 0.3, training=False) @ v,
     "by_baddbmm": by_baddbmm,
+    "one_head_of_keys": lambda n, q, k, v: (dots(q, k[:, :1]) + torch.where(causal(q), 0.0, -1e9)).softmax(-1) @ v[:, :1],
     "by_bmm_alone": lambda n, q, k, v: torch.bmm(
         torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1)
     ).unflatten(0, (-1, HEADS)),
@@ -131,6 +132,16 @@ TILED: dict[str, Written] = {
     "relative": lambda n, q, k, v: (dots(q, k) + relative(n, q)).softmax(-1) @ v,
     "einsum": lambda n, q, k, v: torch.einsum("bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1), v),
     "by_bmm": by_bmm,
+    "by_baddbmm_with_factors": lambda n, q, k, v: torch.bmm(
+        torch.baddbmm(
+            (n.slopes.view(1, -1, 1, 1) * row_column(q)[1]).expand(q.shape[0], -1, -1, -1).flatten(0, 1),
+            q.flatten(0, 1),
+            k.flatten(0, 1).mT,
+            beta=0.5,
+            alpha=0.25,
+        ).softmax(-1),
+        v.flatten(0, 1),
+    ).view_as(q),
     "retention": retention,
     "sigmoid": lambda n, q, k, v: (dots(q, k).sigmoid() * causal(q)) @ v / (row_column(q)[0] + 1),
     "may_attend_to_nothing": lambda n, q, k, v: (

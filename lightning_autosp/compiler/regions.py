@@ -252,11 +252,12 @@ def _compare_positions(captured: Captured, node: fx.Node) -> None:
 def _add_apart(captured: Captured, node: fx.Node) -> None:
     """Write a product with a sum as a product and a sum."""
     given = bound(node)
-    if (given["beta"], given["alpha"]) != (1, 1):
-        return
     with captured.graph.inserting_before(node):
-        product = insert(captured, aten.bmm.default, given["batch1"], given["batch2"], like=node)
-        new = insert(captured, aten.add.Tensor, product, given["self"], like=node)
+        terms = [given["self"], insert(captured, aten.bmm.default, given["batch1"], given["batch2"], like=node)]
+        for place, factor in enumerate((given["beta"], given["alpha"])):
+            if factor != 1:
+                terms[place] = insert(captured, aten.mul.Tensor, terms[place], factor, like=node)
+        new = insert(captured, aten.add.Tensor, *terms, like=node)
     node.replace_all_uses_with(new)
     captured.graph.erase_node(node)
 

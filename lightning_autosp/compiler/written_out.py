@@ -92,9 +92,10 @@ def join_written_out(captured: Captured, node: fx.Node) -> None:
     query, key = chain.end.args
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
-    shapes = [captured.shape(one.meta["val"]) for one in (query, key, value)]
-    if len({shape[:-2] for shape in shapes}) > 1 or len(shapes[0]) < 3:
-        return  # operands that are broadcast, or have no heads
+    leading, *others = (captured.shape(one.meta["val"])[:-2] for one in (query, key, value))
+    shared = {(*leading[:-1], 1)}  # one head of keys and values for all queries
+    if not leading or set(others) not in ({leading}, shared):
+        return  # operands that are broadcast otherwise, or have no heads
     readers = {*chain.nodes, node}
     if any(user not in readers for one in chain.nodes for user in one.users):
         return  # the scores or the weights are wanted themselves
@@ -102,7 +103,8 @@ def join_written_out(captured: Captured, node: fx.Node) -> None:
         key = insert(captured, aten.transpose.int, key, -2, -1, like=chain.end)
         if mask is not None and mask.meta["val"].dtype not in (torch.bool, query.meta["val"].dtype):
             mask = insert(captured, aten._to_copy.default, mask, like=mask, dtype=query.meta["val"].dtype)
-        joined = captured.graph.call_function(SDPA, (query, key, value, mask, dropout, False), {"scale": scale})
+        options = {"scale": scale, "enable_gqa": set(others) == shared}
+        joined = captured.graph.call_function(SDPA, (query, key, value, mask, dropout, False), options)
     joined.meta = dict(node.meta)
     node.replace_all_uses_with(joined)
     captured.graph.erase_node(node)
