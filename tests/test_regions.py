@@ -116,7 +116,7 @@ JOINED: dict[str, Written] = {
     "window": lambda n, q, k, v: dots(q, k).masked_fill(~window(q), float("-inf")).softmax(-1) @ v,
     "no_dropout": lambda n, q, k, v: F.dropout(dots(q, k).softmax(-1), 0.3, training=False) @ v,
     "by_baddbmm": by_baddbmm,
-    "one_head_of_keys": lambda n, q, k, v: (dots(q, k[:, :1]) + torch.where(causal(q), 0.0, -1e9)).softmax(-1) @ v[:, :1],
+    "one_head_of_keys": lambda n, q, k, v: dots(q, k[:, :1]).masked_fill(~causal(q), -1e300).softmax(-1) @ v[:, :1],
     "by_bmm_alone": lambda n, q, k, v: torch.bmm(
         torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1)
     ).unflatten(0, (-1, HEADS)),

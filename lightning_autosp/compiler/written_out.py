@@ -103,7 +103,7 @@ def join_written_out(captured: Captured, node: fx.Node) -> None:
         key = insert(captured, aten.transpose.int, key, -2, -1, like=chain.end)
         if mask is not None and mask.meta["val"].dtype not in (torch.bool, query.meta["val"].dtype):
             mask = insert(captured, aten._to_copy.default, mask, like=mask, dtype=query.meta["val"].dtype)
-        options = {"scale": scale, "enable_gqa": set(others) == shared}
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": set(others) == shared}
         joined = captured.graph.call_function(SDPA, (query, key, value, mask, dropout, False), options)
     joined.meta = dict(node.meta)
     node.replace_all_uses_with(joined)

@@ -14,6 +14,7 @@ from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.plan import Form
 from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
+from lightning_autosp.compiler.rules.views import VIEWS, through_view
 from lightning_autosp.compiler.tiling import attention_rows, row_layout, trace, write_tile
 from lightning_autosp.compiler.written_out import SDPA
 
@@ -102,8 +103,9 @@ def region(facts: Facts, node: fx.Node) -> Sharding | None:
     shape, ranks = facts.shape(node), facts.mesh.size()
     rows = row_layout(facts, target)
     heads = [Layout(dim, span_of(size)) for dim, size in enumerate(shape) if size.is_Integer and size >= ranks]
+    heads += [layout for layout in _merged_heads(facts, target) if layout.size == shape[layout.dim] and layout.span.base >= ranks]
     # Samples last: a part of the samples would stay one through all that follows, and a batch may have few.
-    heads.sort(key=lambda layout: (layout.dim == 0, int(layout.size) % ranks != 0, layout.dim))
+    heads.sort(key=lambda layout: (layout.dim == 0 and layout.outer == 1, int(layout.span.base) % ranks != 0, layout.dim))
     for wanted, said in [*((layout, "parts of heads, in tiles") for layout in heads), (rows, "parts of rows, in tiles")]:
         needs = _needs(facts, node, wanted)
         if needs is None:
@@ -114,6 +116,18 @@ def region(facts: Facts, node: fx.Node) -> Sharding | None:
 
         return Sharding(needs, wanted, emit, kind="attention", note=said)
     return None
+
+
+def _merged_heads(facts: Facts, target: Region) -> list[Layout]:
+    """Return where views within the region merge dimensions of known size with their neighbours: samples and heads, mostly."""
+    found: dict[Layout, None] = {}  # ordered: all ranks have to choose alike
+    for node in target.body.nodes:
+        if node.target in VIEWS and len(facts.shape(node)) == len(facts.shape(target.exit)):
+            shape_in = facts.shape(node.args[0])
+            for dim, size in enumerate(shape_in):
+                if size.is_Integer and (into := through_view(shape_in, facts.shape(node), Layout(dim, span_of(size)))):
+                    found[into] = None
+    return [layout for layout in found if layout.merged]
 
 
 def _needs(facts: Facts, node: fx.Node, wanted: Layout) -> dict[fx.Node, Layout] | None:
