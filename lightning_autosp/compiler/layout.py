@@ -9,6 +9,7 @@ position, two sequences one behind the other) and a dimension that is no sequenc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -79,7 +80,7 @@ class Layout:
 
     @property
     def size(self) -> sympy.Expr:
-        return sympy.expand(self.outer * self.span.length * self.inner)
+        return _expand(self.outer * self.span.length * self.inner if self.merged else self.span.length)
 
     @property
     def merged(self) -> bool:
@@ -129,7 +130,12 @@ def as_expr(
             if new == expr:
                 break
             expr = new
-    return sympy.expand(expr) if isinstance(expr, sympy.Expr) else expr
+    return _expand(expr) if isinstance(expr, sympy.Expr) else expr
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _expand(expr: sympy.Expr) -> sympy.Expr:
+    return sympy.expand(expr)
 
 
 def span_of(size: sympy.Expr) -> Span:

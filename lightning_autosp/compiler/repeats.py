@@ -85,6 +85,8 @@ class _Search:
     def _longest(self, start: int, sources: Sequence[int]) -> tuple[int, int, dict[int, int]]:
         """Return `(source, length, inputs)` of the longest run from `start` on that one of the sources begins; length 0: none."""
         best: tuple[int, int, dict[int, int]] = (0, 0, {})
+        if self.kinds[start] is None:
+            return best
         for source in sources:
             if start - source < max(best[1], MIN_NODES):  # a run and what it repeats do not overlap
                 break

@@ -96,6 +96,7 @@ class Facts:
         self.trained: set[fx.Node] = {*captured.trainable, *self.arriving}
         """Nodes computed from something that requires grad; the others are data, cheap enough to hold in full."""
         self._shapes: dict[fx.Node, tuple[sympy.Expr, ...]] = {}
+        self._has_sequence: dict[fx.Node, bool] = {}
         self._assumed: Mapping[fx.Node, Layout | None] = {}
 
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
@@ -123,12 +124,11 @@ class Facts:
 
     def has_sequence(self, node: fx.Node) -> bool:
         """Whether any size of the value depends on a sequence symbol."""
-        return any(
-            bool(size.free_symbols & self.symbols)
-            for value in pytree.tree_leaves(node.meta.get("val"))
-            if isinstance(value, torch.Tensor)
-            for size in self.captured.shape(value)
-        )
+        if node not in self._has_sequence:
+            tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
+            sizes = (size for tensor in tensors for size in self.captured.shape(tensor))
+            self._has_sequence[node] = any(size.free_symbols & self.symbols for size in sizes)
+        return self._has_sequence[node]
 
     def sequence_dims(self, node: fx.Node) -> list[int]:
         return [dim for dim, size in enumerate(self.shape(node)) if size.free_symbols & self.symbols]
