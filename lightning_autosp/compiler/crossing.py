@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_autosp import _compat
 from lightning_autosp.collectives import Group, all_reduce_sum, reduce_scatter_sequence
-from lightning_autosp.compiler.emit import gather_layout
+from lightning_autosp.compiler.emit import gather_layout, slice_layout
 from lightning_autosp.compiler.layout import Layout, Span
 from lightning_autosp.compiler.report import Crossing, is_users
 
@@ -66,13 +66,14 @@ class PartTensor(Tensor):
 
     placement: Placement | None
     """How the part is cut; `None` once the whole has been made."""
-    _part: Tensor  # until then
+    _part: Tensor
     _whole: Tensor  # from then on, without autograd
     _group: Group
     _crossing: Crossing
     _aliased: bool
     _taken: bool  # whether a compiled piece has used the part
-    _averages: bool  # whether hooks are given the mean over the ranks
+    _averages: bool  # whether hooks of this tensor are given the mean over the ranks
+    _entered: Any  # what `grad_fn` is until an update in place
     _anchor: Tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -93,7 +94,7 @@ class PartTensor(Tensor):
         """
         tensor: Any = _Enter.apply(part, shape, placement, group)
         tensor.placement, tensor._part, tensor._group, tensor._crossing = placement, part, group, crossing
-        tensor._aliased, tensor._taken, tensor._averages = aliased, False, False
+        tensor._aliased, tensor._taken, tensor._averages, tensor._entered = aliased, False, False, tensor.grad_fn
         return tensor
 
     def for_piece(self) -> Tensor:
@@ -133,7 +134,6 @@ class PartTensor(Tensor):
                 self._whole = gather_layout(self._part.detach(), dim, outer, inner, lengths, self._group)
             self._crossing.add_gather(f"{reader} at {_line_of_the_user()}")
             self.placement = None
-            del self._part
         return self._whole
 
     @classmethod
@@ -200,8 +200,21 @@ class PartTensor(Tensor):
 
     @torch.compiler.disable
     def register_hook(self, hook: Any) -> Any:
-        self._average_gradient("register_hook")
-        return super().register_hook(hook)
+        if self.grad_fn is not self._entered:
+            self._average_gradient("register_hook")
+            return super().register_hook(hook)
+
+        # Gradients of compiled pieces reach the part, and so do those of the whole.
+        entered: Any = self._entered
+        dim, outer, inner, *_ = entered.placement
+        lengths, ranks = entered.placement.lengths(self.shape[dim], self._group), self._group.size
+        start = sum(lengths[: self._group.rank])
+
+        def on_part(gradient: Tensor) -> Tensor | None:
+            new = hook(gather_layout(gradient, dim, outer, inner, lengths, self._group) / ranks)
+            return None if new is None else slice_layout(new, dim, outer, inner, start, start + lengths[self._group.rank]) * ranks
+
+        return self._part.register_hook(on_part)
 
     @torch.compiler.disable
     def retain_grad(self) -> None:
