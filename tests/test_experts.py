@@ -515,6 +515,30 @@ def test_an_order_that_crosses_a_graph_break_is_that_of_all_rows() -> None:
     assert "aten.sort.default" in [whole.name for step in report.steps for whole in step.in_full]
 
 
+def loop_over_positions(m: Routed, x: Tensor, w: Tensor, e: Tensor) -> Tensor:
+    chosen, out = F.one_hot(e, E).permute(2, 1, 0), torch.zeros_like(x)
+    for i in range(E):
+        place, token = torch.where(chosen[i])
+        rows = F.silu(x[token] @ m.up[i]) @ m.down[i]
+        out.index_add_(0, token, rows * w[token, place, None])
+    return out
+
+
+def loop_over_chosen_rows(m: Routed, x: Tensor, w: Tensor, e: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for i in range(E):
+        chosen = (e == i).any(-1)
+        out[chosen] = out[chosen] + F.silu(x[chosen] @ m.up[i]) @ m.down[i]
+    return out
+
+
+@pytest.mark.parametrize("body", [loop_over_positions, loop_over_chosen_rows], ids=lambda body: body.__name__)
+def test_as_many_rows_as_the_data_say_cut_the_step(body: Callable[..., Any]) -> None:
+    report = assert_step_exact(Cut(body), [torch.randint(0, V, (B, 13))])
+    assert "depends on a tensor's values" in report.breaks[0].reason
+    assert "test_experts.py:" in report.breaks[0].where
+
+
 def test_one_leak_leaves_other_sorts_where_they_are() -> None:
     def body(m: Routed, x: Tensor, w: Tensor, e: Tensor) -> Tensor:
         return added(m, order_taken_for_natural(m, x, w, e), w, e)

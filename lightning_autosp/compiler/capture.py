@@ -23,7 +23,7 @@ from lightning_autosp.compiler.flex import write_out_flex_attention
 from lightning_autosp.compiler.inline import inline_checkpoints, inline_vmaps
 from lightning_autosp.compiler.layout import as_expr
 from lightning_autosp.compiler.repeats import CannotRepeatError, Repeat, Repetitions, find_repeats
-from lightning_autosp.compiler.scalars import keep_numbers_as_tensors
+from lightning_autosp.compiler.scalars import NeedsBreakError, keep_numbers_as_tensors
 
 __all__ = ["Captured", "capture", "is_size"]
 
@@ -105,7 +105,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
     trainable = {
         node for node, value in zip(placeholders, values, strict=True) if isinstance(value, torch.Tensor) and value.requires_grad
     }
-    return Captured(
+    captured = Captured(
         graph=traced.graph,
         owner=traced,
         placeholders=placeholders,
@@ -117,6 +117,28 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
         mutated=[placeholders[index] for index in mutated],
         num_traced=num_traced,
     )
+    _refuse_sizes_of_data(captured)
+    return captured
+
+
+def _refuse_sizes_of_data(captured: Captured) -> None:
+    """A program is made for sizes that are known before it runs: `nonzero` and its like cannot be in it.
+
+    Raises:
+        NeedsBreakError: Naming the operator.
+    """
+    known: set[sympy.Basic] = set()
+    for node in captured.graph.nodes:
+        value = node.meta.get("val")
+        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        sizes = [size for tensor in tensors for size in tensor.shape if isinstance(size, torch.SymInt)]
+        if node.op == "placeholder":
+            for size in [*sizes, *([value] if isinstance(value, torch.SymInt) else [])]:
+                known |= as_expr(size).free_symbols | captured.expr(size).free_symbols
+        elif any(not as_expr(size).free_symbols <= known and not captured.expr(size).free_symbols <= known for size in sizes):
+            raise NeedsBreakError(
+                f"how large the result of {node.target} is depends on a tensor's values\n{node.stack_trace or ''}"
+            )
 
 
 def _sizes_said(graph: fx.Graph, replacements: Mapping[sympy.Expr, sympy.Expr]) -> dict[sympy.Expr, sympy.Expr]:
