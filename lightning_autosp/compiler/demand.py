@@ -118,7 +118,7 @@ def _plan(
     chunks: bool,
     whole_sorts: frozenset[fx.Node] = frozenset(),
 ) -> Plan:
-    facts = Facts(captured, symbols, mesh, too_short, arriving, whole_sorts, chunks=chunks)
+    facts = Facts(captured, symbols, mesh, too_short, arriving, whole_sorts, find=rules.find, chunks=chunks)
     possible: dict[fx.Node, Sharding] = {}
     for node in captured.graph.nodes:
         if any(source in facts.trained for source in node.all_input_nodes):

@@ -79,9 +79,12 @@ class Facts:
         arriving: Mapping[fx.Node, Layout] | None = None,
         whole_sorts: frozenset[fx.Node] = frozenset(),
         *,
+        find: Rule,
         chunks: bool = True,
     ) -> None:
         self.captured = captured
+        self.find = find
+        """What gives the rule of any operator (`rules.find`), for those that ask it of others."""
         self.symbols = frozenset(symbols)
         self.mesh = mesh
         self.too_short = too_short

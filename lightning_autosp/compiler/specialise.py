@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_autosp import _compat
 from lightning_autosp.collectives import Group
+from lightning_autosp.compiler import rules
 from lightning_autosp.compiler.backend import CompileBackend, OnGraph, compile_module
 from lightning_autosp.compiler.capture import Captured, capture
 from lightning_autosp.compiler.crossing import EagerMarks, PartTensor, Placement, placement_of
@@ -83,7 +84,7 @@ class Compiler:
             # Parameters are whole and the inputs make themselves whole, so the piece can run as it is.
             self.report.notes.append(f"{self.kind}: a piece runs in full, because {error}")
             return gm.forward
-        join_attention(captured, functools.partial(can_be_tiled, captured))
+        join_attention(captured, functools.partial(can_be_tiled, captured, rules.find))
         self.report.num_graphs[self.kind] = self.report.num_graphs.get(self.kind, 0) + 1
         return LoweredStep(captured, self)
 

@@ -18,13 +18,12 @@ from lightning_autosp import _compat
 from lightning_autosp.attention import tiles
 from lightning_autosp.attention.masks import column_bounds
 from lightning_autosp.attention.tiles import Cut, TileProgram
-from lightning_autosp.compiler import rules
 from lightning_autosp.compiler.capture import Captured, is_size
 from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.locality import is_pointwise
 from lightning_autosp.compiler.plan import Form
 from lightning_autosp.compiler.regions import Region
-from lightning_autosp.compiler.rule import Facts, tensor_inputs
+from lightning_autosp.compiler.rule import Facts, Rule, tensor_inputs
 from lightning_autosp.compiler.rules import factories, views
 from lightning_autosp.compiler.rules.generic import broadcast_needs
 from lightning_autosp.compiler.rules.random import is_random
@@ -58,9 +57,15 @@ def attention_rows(facts: Facts, region: Region) -> tuple[Form, Form, Form]:
     return Layout(ndim - 2, span_of(query[-2])), heads, Layout(ndim, span_of(key[-2]))
 
 
-def can_be_tiled(captured: Captured, region: Region) -> bool:
-    """Whether a range of rows of a region's value can be computed from rows of its inputs, or whole ones."""
-    facts = Facts(captured, captured.symbols, _compat.mesh_without_group(2))
+def can_be_tiled(captured: Captured, find: Rule, region: Region) -> bool:
+    """Whether a range of rows of a region's value can be computed from rows of its inputs, or whole ones.
+
+    Args:
+        captured: The graph it is taken from.
+        find: What gives the rule of an operator.
+        region: The region.
+    """
+    facts = Facts(captured, captured.symbols, _compat.mesh_without_group(2), find=find)
     if region.exit.target is SDPA:
         return trace(facts, region, attention_rows(facts, region)) is not None
     return trace(facts, region, (row_layout(facts, region),)) is not None
@@ -140,7 +145,7 @@ def _inputs(facts: Facts, node: fx.Node, wanted: Form) -> dict[fx.Node, Layout] 
     choices = [_ways(facts, source, wanted) for source in sources]
     for layouts in itertools.product(*choices):
         with facts.assuming(dict(zip(sources, layouts, strict=True))):
-            sharding = rules.find(facts, node)
+            sharding = facts.find(facts, node)
         if sharding is None or sharding.kind != "local":
             continue
         if sharding.emit is not None and not (target is aten.cat.default and _cat_dim(facts, node) != wanted.dim):
