@@ -336,6 +336,26 @@ def one_hot(b: Builder) -> str:
 
 
 @operator
+def tokens(b: Builder) -> str:
+    """Integers computed from tokens; returned if nothing reads them."""
+    ids = b.pick([b.input("ids"), b.input("labels"), b.input("other")])
+    d = b.header.sequence_dim
+    return b.pick(
+        [
+            f"{ids} + 0",
+            f"{ids}{index(d, '1:')} * 2 % 5",
+            f"{ids}.flip({d})",
+            f"{ids}.sort({d}).values",
+            f"{ids}.cumsum({d})",
+            f"{ids}{index(d, '::2')}",
+            f"F.one_hot({ids}, {VOCABULARY}).sum({d})",
+            f"torch.arange({length(ids, d)}).flip(0)",
+            f"{ids}.max()",
+        ]
+    )
+
+
+@operator
 def factory(b: Builder) -> str:
     v = b.value(lambda v: "s" in v.roles, inputs=True)
     n = length(v, b.dim(v))
@@ -438,6 +458,7 @@ def scalar(b: Builder) -> str:
     if "s" in x.roles:
         n = length(x, b.dim(x))
         options += [f"{x} / {n}", f"{x} * {n} ** -0.5", f"{x} + {n} % 3", f"{x} * min({n}, 4) * 0.3"]
+        options += [f"{x} * 2 if {n} > 12 else {x}.sin()"]
     return b.pick(options)
 
 
@@ -476,6 +497,9 @@ def rotary(b: Builder) -> str:
     trailing = x.ndim - 2 - d
     angle = f"angle = torch.arange({length(x, d)})[:, None] * torch.linspace(1, 0.1, {half}, dtype=torch.float64)"
     at = f"[:{', None' * trailing}]" if trailing else ""
+    if b.pick([False, False, True]):
+        pairs = f"torch.view_as_complex({x}.unflatten(-1, (-1, 2)).contiguous())"
+        return f"{angle}\n$ = torch.view_as_real({pairs} * torch.polar(torch.ones_like(angle), angle){at}).flatten(-2)"
     first, second = f"{x}[..., :{half}]", f"{x}[..., {half}:]"
     lines = [angle, f"cos, sin = angle.cos(){at}, angle.sin(){at}"]
     return "\n".join([*lines, f"$ = torch.cat([{first} * cos - {second} * sin, {second} * cos + {first} * sin], -1)"])
@@ -1174,6 +1198,64 @@ def linear_attention(b: Builder) -> str:
             f"torch.einsum('{f}d,{f}de->{f}e', {y}, torch.einsum('{f}d,{f}e->{f}de', {y}, {x}).cumsum({d})) * 0.1",
         ]
     )
+
+
+@operator
+def unusual(b: Builder) -> str:
+    """What hardly any model does."""
+    x = b.value(is_tokens)
+    d, c, ids = x.roles.index("s"), x.size(-1), b.input("ids")
+    row = ids if b.header.sequence_dim == 1 else f"{ids}.T"
+    return b.pick(
+        [
+            f"torch.vmap(lambda t: t @ {b.parameter(c, c)}, {d}, {d})({x})",
+            f"torch.vmap(lambda t: t.softmax(0), {1 - d}, {1 - d})({x})",
+            f"F.embedding_bag({row}, {b.parameter(VOCABULARY, 4)}, mode='mean')",
+            f"torch.cdist({x}, {x}.flip({d}) + 2)",
+            f"torch.trapezoid({x}, dim={d})",
+            f"torch.cov({x}[0].T)",
+            f"torch.logaddexp({x}, {x}.mean({d}, keepdim=True))",
+            f"{x}.var({d}, correction=0)",
+            f"torch.baddbmm({b.parameter(1)}, {x}, {x}.mT, alpha=0.5)",
+            f"torch.einsum('...d,...d->...', {x}, {x})",
+            f"torch.kron({x}[0], torch.ones(2, 1, dtype=torch.float64))",
+            f"F.cosine_similarity({x}.unsqueeze(2), {x}.unsqueeze(1) + 0.5, dim=-1)",
+            f"{x}.renorm(2, {d}, 1.5)",
+            f"torch.cumulative_trapezoid({x}, dim={d})",
+            f"F.local_response_norm({x}, 2)",
+            f"torch.tensordot({x}, {x}, dims=([0, 1], [0, 1])) * 0.1",
+            f"{x}.nanmean({d})",
+            f"torch.block_diag({x}[0], {x}[-1])",
+        ]
+    )
+
+
+@operator
+def layers(b: Builder) -> str:
+    """One layer after the other."""
+    x = b.value(lambda v: v.roles == "bsc" and has_features(v))
+    c = x.size(-1)
+    weights = b.pick([b.parameter(3, c, c), f"({b.parameter(c, c)},) * 3", f"({b.parameter(c, c)}, {b.parameter(c, c)}.T)"])
+    mixed = b.pick(
+        [
+            "F.scaled_dot_product_attention(u[:, None], u[:, None], u[:, None], is_causal=True)[:, 0]",
+            "((u @ u.mT * 0.3).softmax(-1) @ u)",
+            "u.cumsum(1) * 0.1",
+            "(u - u.mean(1, keepdim=True)) * u.shape[1] ** -0.5",
+            "F.pad(u, (0, 0, 1, 0))[:, :-1]",
+            "u.roll(1, 1)",
+            "(u * (torch.arange(u.shape[1])[:, None] % 2 == 0))",
+            "u.clone().masked_fill_(u > 1, 0.5).mul_(0.9)",
+            "F.conv1d(F.pad(u.mT, (2, 0)), torch.stack([w, w * 0.5, w.T], -1)).mT",
+        ]
+    )
+    updated = b.pick(["t = t + u", "t = (t + u).tanh()", "t += u", "t = torch.cat([t[:, :1], u[:, 1:]], 1)"])
+    body = [f"u = F.layer_norm(t, ({c},)) * 1.5 + 0.1", f"u = {mixed}", "u = F.gelu(F.linear(u, w) + 0.2).sin()", updated]
+    first = f"t = {x} * 1"
+    if b.pick([False, False, True]):
+        layer = ["def layer(t, w):", *("    " + line for line in [*body, "return t"])]
+        return "\n".join([*layer, first, f"for w in {weights}:", "    t = checkpoint(layer, t, w, use_reentrant=False)", "$ = t"])
+    return "\n".join([first, f"for w in {weights}:", *("    " + line for line in body), "$ = t"])
 
 
 # Attention.
