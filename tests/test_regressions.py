@@ -56,10 +56,14 @@ CASES: dict[str, Callable[..., Any]] = {
     "attention_over_repeated_positions": lambda n, x, i: (
         F.scaled_dot_product_attention(x[:, None], x.repeat(1, 2, 1)[:, None], x.repeat(1, 2, 1)[:, None] + 1).square().mean()
     ),
+    "attention_written_out_over_too_few_positions": lambda n, x, i: (
+        ((x @ x.mT).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1) > 0, float("-inf")).softmax(-1) @ x).square().mean()
+    ),
 }
 
 
 SETTINGS: dict[str, Any] = {
+    "attention_written_out_over_too_few_positions": {"num_ranks": 5, "length": 4},
     "part_of_nothing_but_padding": {"num_ranks": 5, "length": 5},
 }
 """Where two ranks and 13 positions do not show it."""

@@ -41,8 +41,14 @@ _SIZED = {aten.expand.default, aten.expand_as.default} | views.VIEWS | factories
 
 def row_layout(facts: Facts, region: Region) -> Layout:
     """Return the cut of a region's value into rows."""
-    (dim,) = facts.sequence_dims(region.exit)
+    (dim,) = _complete(facts).sequence_dims(region.exit)
     return Layout(dim, span_of(facts.shape(region.exit)[dim]))
+
+
+def _complete(facts: Facts) -> Facts:
+    """Return the facts that regions were found by: a sequence is one also where it is too short to be cut."""
+    captured = facts.captured
+    return facts if facts.symbols == captured.symbols else Facts(captured, captured.symbols, facts.mesh)
 
 
 def attention_rows(facts: Facts, region: Region) -> tuple[Form, Form, Form]:
@@ -210,7 +216,7 @@ def write_tile(
     Returns:
         The program, and for each of its inputs which of the region's it is and the dimension of its heads, if they are cut.
     """
-    facts: Facts = em.facts
+    facts = _complete(em.facts)
     traced = trace(facts, region, forms)
     assert traced is not None
     rows, heads, columns = forms
