@@ -48,7 +48,7 @@ def row_layout(facts: Facts, region: Region) -> Layout:
 def _complete(facts: Facts) -> Facts:
     """Return the facts that regions were found by: a sequence is one also where it is too short to be cut."""
     captured = facts.captured
-    return facts if facts.symbols == captured.symbols else Facts(captured, captured.symbols, facts.mesh)
+    return facts if facts.symbols == captured.symbols else Facts(captured, captured.symbols, facts.mesh, find=facts.find)
 
 
 def attention_rows(facts: Facts, region: Region) -> tuple[Form, Form, Form]:
