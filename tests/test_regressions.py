@@ -56,6 +56,10 @@ CASES: dict[str, Callable[..., Any]] = {
     "attention_over_repeated_positions": lambda n, x, i: (
         F.scaled_dot_product_attention(x[:, None], x.repeat(1, 2, 1)[:, None], x.repeat(1, 2, 1)[:, None] + 1).square().mean()
     ),
+    # What small numbers in the place of symbols make of a quotient: a division by zero.
+    "quotient_of_lengths": lambda n, x, i: (
+        x[:, : x.shape[1] // 3 * 3].unflatten(1, (-1, 3)).transpose(1, 2).flatten(1, 2).sort(1).values.square().mean()
+    ),
     "attention_written_out_over_too_few_positions": lambda n, x, i: (
         ((x @ x.mT).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1) > 0, float("-inf")).softmax(-1) @ x).square().mean()
     ),
@@ -63,6 +67,7 @@ CASES: dict[str, Callable[..., Any]] = {
 
 
 SETTINGS: dict[str, Any] = {
+    "quotient_of_lengths": {"num_ranks": 3, "length": 21},
     "attention_written_out_over_too_few_positions": {"num_ranks": 5, "length": 4},
     "part_of_nothing_but_padding": {"num_ranks": 5, "length": 5},
 }
