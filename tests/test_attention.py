@@ -197,6 +197,12 @@ def test_other_masks_are_computed_in_tiles(name: str, tile: int | None) -> None:
     assert no_pairs(lowered)
 
 
+@pytest.mark.parametrize("name", ["window", "documents", "padding"])
+def test_one_rank_has_tiles_too(name: str, tile: int | None) -> None:
+    net = Attention(8, 2, mask=TILED[name][0])
+    assert no_pairs(assert_exact(net, inputs(), net, num_ranks=1))
+
+
 def no_pairs(lowered: Any) -> bool:
     """Whether no value outside of regions has two sequence dimensions."""
     captured = lowered.step.captured

@@ -180,6 +180,12 @@ def test_in_tiles(name: str, tile: None) -> None:
         assert no_pairs(lowered)
 
 
+@pytest.mark.parametrize("name", ["softcapped", "sinks", "by_bmm", "einsum", "relative"])
+def test_one_rank_has_tiles_too(name: str, tile: None) -> None:
+    net = Net(lambda *args: TILED[name](*args))
+    assert no_pairs(assert_exact(net, inputs(LENGTH), net, num_ranks=1))
+
+
 def test_fewer_heads_than_ranks_share_the_rows(tile: None) -> None:
     net = Net(lambda *args: softcapped(*args))
     lowered = assert_exact(net, inputs(LENGTH, batch=1), net, num_ranks=5)

@@ -46,9 +46,12 @@ def row_layout(facts: Facts, region: Region) -> Layout:
 
 
 def _complete(facts: Facts) -> Facts:
-    """Return the facts that regions were found by: a sequence is one also where it is too short to be cut."""
+    """Return the facts that regions were found by: also a sequence that is not cut has rows, and one rank has tiles."""
     captured = facts.captured
-    return facts if facts.symbols == captured.symbols else Facts(captured, captured.symbols, facts.mesh, find=facts.find)
+    if facts.symbols == captured.symbols and facts.mesh.size() > 1:
+        return facts
+    # On a mesh of one rank PyTorch calls every operator local.
+    return Facts(captured, captured.symbols, _compat.mesh_without_group(2), find=facts.find)
 
 
 def attention_rows(facts: Facts, region: Region) -> tuple[Form, Form, Form]:
