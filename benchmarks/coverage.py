@@ -309,8 +309,8 @@ def line_of(row: Row) -> list[object]:
     return [*start, result, *errors, row["num_sharded"], len(row["gathered"]), len(row["in_full"]), "; ".join(calls), *end]
 
 
-def document(rows: list[Row], options: argparse.Namespace) -> str:
-    """Return the page."""
+def document(rows: list[Row], options: argparse.Namespace, missing: list[tuple[str, str]]) -> str:
+    """Return the page; `missing` are the rows it lacks."""
     import torch
     import transformers
 
@@ -340,6 +340,9 @@ implementations that an architecture does not have are left out; *none* is a mod
 """
     head = ["architecture", "family", "attention", "result", "loss error", "worst gradient error", "sharded", "gathered", "in full"]
     head += ["attention calls and what became of their masks", "s", "note"]
+    if missing:
+        counts = Counter(implementation for _, implementation in missing)
+        text += "\nNot measured this time: " + ", ".join(f"{n} rows of {name} attention" for name, n in counts.items()) + ".\n"
     lines = [text, *summary(rows), "", "## Architectures", "", *table(head, map(line_of, rows)), ""]
     failed = [row for row in rows if row["status"] not in COMPARED]
     if failed:
@@ -404,13 +407,13 @@ def main() -> int:
                 print("".join(f"    {line}\n" for line in details(row)), end="", flush=True)
             if options.json:
                 options.json.write_text(json.dumps(list(rows.values()), indent=1))
-    complete = all(key in rows for key in everything)
+    missing = [key for key in everything if key not in rows]
     ordered = [rows[key] for key in everything if key in rows and rows[key]["status"] != "not applicable"]
     print("\n".join(summary(ordered)))
-    page = options.markdown or (ROOT / "docs" / "coverage.md" if complete else None)
+    page = options.markdown or (ROOT / "docs" / "coverage.md" if not missing else None)
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(document(ordered, options))
+        page.write_text(document(ordered, options, missing))
         print(f"wrote {page}")
     return int(any(row["status"] in ("not exact", "error") for row in ordered))
 
