@@ -193,6 +193,20 @@ def test_fewer_heads_than_ranks_share_the_rows(tile: None) -> None:
     assert no_pairs(lowered)
 
 
+def test_a_bias_whose_rows_are_merged_with_columns_is_kept(tile: None) -> None:
+    """Looked up for all pairs in one list, as BEiT has it."""
+
+    def written(net: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        row, column = row_column(q)
+        pairs = (row - column).abs().clamp(max=31).view(-1)
+        bias = net.buckets(pairs).view(q.shape[2], q.shape[2], -1).permute(2, 0, 1)
+        return F.scaled_dot_product_attention(q, k, v, bias[None])
+
+    net = Net(written)
+    for ranks in (1, 2):
+        assert_exact(net, inputs(LENGTH), net, num_ranks=ranks)
+
+
 def test_weights_that_are_returned_stay(tile: None) -> None:
     def written(net: Net, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         weights = dots(q, k).masked_fill(~causal(q), float("-inf")).softmax(-1)

@@ -77,7 +77,7 @@ def can_be_tiled(captured: Captured, find: Rule, region: Region) -> bool:
     facts = Facts(captured, captured.symbols, _compat.mesh_without_group(2), find=find)
     if region.exit.target is SDPA:
         return trace(facts, region, attention_rows(facts, region)) is not None
-    return trace(facts, region, (row_layout(facts, region),)) is not None
+    return trace(facts, region, (row_layout(facts, region), None, None)) is not None
 
 
 def trace(facts: Facts, region: Region, wanted: tuple[Form, ...]) -> dict[Key, dict[fx.Node, tuple[Form, ...]]] | None:
@@ -86,7 +86,8 @@ def trace(facts: Facts, region: Region, wanted: tuple[Form, ...]) -> dict[Key, d
     Args:
         facts: What is known of the graph.
         region: The region.
-        wanted: How its result is cut, axis by axis. Axes are independent of each other.
+        wanted: How its result is cut, axis by axis. Axes are independent of each other. Of three, the first and the last are rows
+            and columns of tiles, which views must not merge with other dimensions.
 
     Returns:
         For every value that is computed or read, how its inputs are cut, in the order they can be computed; `None` if a part of the
@@ -112,6 +113,9 @@ def trace(facts: Facts, region: Region, wanted: tuple[Form, ...]) -> dict[Key, d
             found[key][source] = tuple(cut)
         if any(axis is None for axis in axes):
             return None
+        rows_and_columns = (form for cut in found[key].values() for form in (*cut[:1], *cut[2:]))
+        if any(form is not None and form.merged for form in rows_and_columns) and len(wanted) > 1:
+            return None  # a range of rows is no range of what they are merged with
         pending += found[key].items()
     order = {node: index for index, node in enumerate(region.body.nodes)}
     return dict(sorted(found.items(), key=lambda pair: order[pair[0][0]]))
