@@ -187,6 +187,18 @@ class HFLlama(Base):
         return loss
 
 
+WINDOWED = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 16,
+    "max_position_embeddings": 512,
+}
+
+
 class HFGemma2(HFLlama):
     """Attention written out: soft-capped, a sliding window in every second layer, dropout in none."""
 
@@ -194,18 +206,7 @@ class HFGemma2(HFLlama):
         Base.__init__(self, lr)
         from transformers import AutoModelForCausalLM, Gemma2Config
 
-        config = Gemma2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=16,
-            layer_types=["sliding_attention", "full_attention"],
-            max_position_embeddings=512,
-        )
+        config = Gemma2Config(**WINDOWED, head_dim=16, layer_types=["sliding_attention", "full_attention"])
         self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
@@ -216,17 +217,7 @@ class HFMistral(HFLlama):
         Base.__init__(self, lr)
         from transformers import AutoModelForCausalLM, MistralConfig
 
-        config = MistralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            sliding_window=16,
-            max_position_embeddings=512,
-        )
-        self.model = AutoModelForCausalLM.from_config(config)
+        self.model = AutoModelForCausalLM.from_config(MistralConfig(**WINDOWED))
 
 
 class Broken(GPT):

@@ -97,13 +97,9 @@ class TileProgram:
 
     def compute(self, tile: tuple[int, int, int, int], inputs: Sequence[Tensor]) -> Tensor:
         start, stop, low, high = tile
-        context = contextlib.nullcontext() if self.autocast is None else _autocast(*self.autocast)
+        context = contextlib.nullcontext() if self.autocast is None else torch.autocast(*self.autocast)
         with context:
             return self.module(stop - start, high - low, *inputs)
-
-
-def _autocast(device: str, dtype: torch.dtype, enabled: bool) -> Any:
-    return torch.autocast(device, dtype=dtype, enabled=enabled)
 
 
 _PROGRAMS: dict[int, TileProgram] = {}

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["Argument", "is_pointwise", "placements_of"]
+__all__ = ["CONTRACTIONS", "Argument", "is_pointwise", "placements_of"]
 
 _MAX_ELEMENTS = 2**20
 """Operators on more elements are not tried on numbers."""
@@ -34,6 +34,15 @@ class Argument:
     dtype: torch.dtype
     dim: int | None = None
 
+
+CONTRACTIONS = {
+    torch.ops.aten.matmul.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.einsum.default,
+    torch.ops.aten.baddbmm.default,
+}
+"""Operators that take rows of one input and all of another: they turn values of pairs into values of positions."""
 
 _UNTAGGED = {getattr(torch.ops.aten, f"__{name}__").Tensor for name in ("and", "or", "xor")}
 """Other names of `bitwise_and` and its like."""

@@ -22,8 +22,9 @@ from torch import fx
 
 from lightning_autosp.attention.masks import MaskProof, prove_mask
 from lightning_autosp.compiler.capture import Captured, is_size
+from lightning_autosp.compiler.locality import CONTRACTIONS
 from lightning_autosp.compiler.rule import bound
-from lightning_autosp.compiler.written_out import CONTRACTIONS, PRODUCTS, SDPA, SOFTMAX, insert, join_written_out
+from lightning_autosp.compiler.written_out import PRODUCTS, SDPA, SOFTMAX, insert, join_written_out
 
 __all__ = ["Region", "join_attention"]
 

@@ -15,12 +15,10 @@ from lightning_autosp.attention.masks import prove_mask
 from lightning_autosp.compiler.capture import Captured
 from lightning_autosp.compiler.rule import bound
 
-__all__ = ["CONTRACTIONS", "PRODUCTS", "SDPA", "SOFTMAX", "insert", "join_written_out"]
+__all__ = ["PRODUCTS", "SDPA", "SOFTMAX", "insert", "join_written_out"]
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-CONTRACTIONS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default, aten.baddbmm.default}
-"""What turns values of pairs into values of positions."""
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _CASTS = {aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.alias.default}

@@ -12,16 +12,13 @@ from torch.utils import _pytree as pytree
 
 from lightning_autosp.compiler.capture import is_size
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.locality import Argument, is_pointwise, placements_of
+from lightning_autosp.compiler.locality import CONTRACTIONS, Argument, is_pointwise, placements_of
 from lightning_autosp.compiler.rule import Facts, Sharding, tensor_inputs
 from lightning_autosp.compiler.rules.partial import finish_partial
 
 __all__ = ["ask_pytorch", "broadcast_needs", "generic", "pointwise"]
 
 aten = torch.ops.aten
-
-# Operators that take rows of one input and all of another.
-CONTRACTIONS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default, aten.baddbmm.default}
 
 _POSITIONS = 4
 """Positions a rank has when PyTorch is asked."""
