@@ -105,16 +105,14 @@ def compare(example: Example, num_ranks: int) -> Row:
 
 def simulate(example: Example, num_ranks: int) -> tuple[list[Tensor], list[dict[str, Tensor | None]], Any, Any]:
     """Lower a module and return every rank's loss, every rank's gradients, the report and the captured graph."""
-    import torch
-
     from lightning_autosp.check import Simulation
     from lightning_autosp.compiler.report import Report
-    from lightning_autosp.step import mark_sequence
+    from lightning_autosp.step import compile_step, mark_sequence
 
     simulation = Simulation(example.module, num_ranks, sharded=False)
     mark_sequence(example.inputs, example.sequence_dim)
     backend = simulation.compiler(Report(), "training_step")
-    loss = torch.compile(example.module, backend=backend, fullgraph=True)(*example.inputs)
+    loss = compile_step(example.module, backend)(*example.inputs)
     run = simulation.last
     assert run is not None
     losses = run.everywhere(loss)

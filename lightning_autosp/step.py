@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,7 +25,7 @@ from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.parameters import ModuleParameters
 
-__all__ = ["CompiledStep", "batch_tensors", "mark_sequence"]
+__all__ = ["CompiledStep", "batch_tensors", "compile_step", "mark_sequence"]
 
 _NO_MEMORY = (
     "{kind}: a function that is no PyTorch operator reads the memory of a tensor that is held in parts between two compiled pieces "
@@ -59,6 +61,27 @@ def mark_sequence(batch: Any, sequence_dim: int) -> int:
     return length
 
 
+_MESSAGES = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
+
+
+def compile_step(step: Callable[..., Any], backend: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
+    """Return `step` compiled, not cut where it only says something.
+
+    What it tells a `logging.Logger` is dropped, for Dynamo has no later moment for it; `warnings.warn` is called when the graph
+    has returned.
+    """
+    # By prefix: libraries give the class more of them (`warning_once`).
+    dropped = {method for name, method in vars(logging.Logger).items() if name.startswith(_MESSAGES)}
+    dropped |= {getattr(logging, name) for name in logging.__all__ if name.startswith(_MESSAGES)}
+    config = torch._dynamo.config
+    said = config.patch(
+        ignore_logger_methods=config.ignore_logger_methods | dropped,
+        reorderable_logging_functions=config.reorderable_logging_functions | {warnings.warn},
+    )
+    compiled: Callable[..., Any] = said(torch.compile(step, backend=backend, fullgraph=fullgraph))
+    return compiled
+
+
 class CompiledStep:
     """One `*_step` method of a module, compiled.
 
@@ -74,7 +97,7 @@ class CompiledStep:
         self.compiler = replace(compiler, kind=kind, parameters=parameters)
         self._deferred = _Deferred(module)
         self._mode = "whole"
-        self._run = torch.compile(self._user_step(), backend=self.compiler, fullgraph=True)
+        self._run = compile_step(self._user_step(), self.compiler)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         length = mark_sequence((args, kwargs), self.sequence_dim)
@@ -136,7 +159,7 @@ class CompiledStep:
             self.compiler.report.notes.append(f"{self.kind} runs uncompiled and unsharded: right, but slow and large")
             self._run = self._user_step()
         else:
-            pieces = torch.compile(self._user_step(), backend=replace(self.compiler, parameters=None, pieces=True))
+            pieces = compile_step(self._user_step(), replace(self.compiler, parameters=None, pieces=True), fullgraph=False)
             # A piece that cannot be traced runs as it is: right, because parameters are whole and values from other pieces make
             # themselves whole. Starting the step again instead would repeat what earlier pieces did.
             self._run = torch._dynamo.config.patch(suppress_errors=True)(pieces)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +26,7 @@ from lightning_autosp.compiler.report import Report
 pytestmark = pytest.mark.skipif(not _compat.DYNAMO_IGNORES_MODES, reason="this torch compiles nothing under a dispatch mode")
 
 cut = torch._dynamo.graph_break
+logger = logging.getLogger("model")
 
 
 @torch.compiler.disable
@@ -155,6 +159,25 @@ def test_a_break_gathers_nothing(between: Any, num_ranks: int) -> None:
     assert num_crossings(report) > 0
     assert gathers(report) == []
     assert [step.in_full for step in report.steps] == [[] for _ in report.steps]
+
+
+def says_something(model: Model, x: Tensor) -> Tensor:
+    logger.warning("the sum is %s", x.sum())
+    logger.warning_once("a library's own method")  # type: ignore[attr-defined]
+    logging.info("between")
+    warnings.warn("an unusual choice", stacklevel=1)
+    return x
+
+
+def test_messages_cut_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.Logger, "warning_once", functools.cache(logging.Logger.warning), raising=False)
+    config = torch._dynamo.config.get_config_copy()
+    module = Model(says_something)
+    with pytest.warns(UserWarning, match="an unusual choice"):
+        report = assert_step_exact(module, [batch(), batch(8)])
+    assert report.breaks == []
+    assert report.num_graphs == {"training_step": 1}
+    assert torch._dynamo.config.get_config_copy() == config
 
 
 def test_one_capture_of_every_piece_for_all_lengths() -> None:
