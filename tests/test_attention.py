@@ -141,11 +141,44 @@ TILED: dict[str, tuple[Mask, str]] = {
         "proven",
     ),
     "anti_causal": (lambda x: rows_and_columns(x)[1] >= rows_and_columns(x)[0], "proven"),
-    "chunked": (lambda x: causal(x) & (rows_and_columns(x)[0] // 4 == rows_and_columns(x)[1] // 4), "of the batch's data, proven"),
+    "chunked": (
+        lambda x: causal(x) & (rows_and_columns(x)[0] // 4 == rows_and_columns(x)[1] // 4),
+        "documents (segment ids), proven",
+    ),
     "prefix": (lambda x: causal(x) | (rows_and_columns(x)[1] < 3), "proven"),
-    "documents": (lambda x: causal(x) & same_document(x), "of the batch's data, proven row - column >= 0"),
-    "documents_both_ways": (lambda x: same_document(x), "of the batch's data"),
+    "documents": (lambda x: causal(x) & same_document(x), "documents (segment ids), proven row - column >= 0"),
+    "documents_both_ways": (lambda x: same_document(x), "documents (segment ids)"),
+    "other_documents": (lambda x: ~same_document(x), "of the batch's data"),
+    "documents_or_first": (lambda x: same_document(x) | (rows_and_columns(x)[1] == 0), "of the batch's data"),
+    "documents_of_a_bitmap": (lambda x: ~(looked_up(x, x) != looked_up(x, x, True)) & causal(x), "documents (segment ids), proven"),
+    "documents_shifted": (lambda x: shifted(documents(x)), "documents (segment ids)"),
+    "documents_narrowed": (lambda x: equal(documents(x).to(torch.int8)), "documents (segment ids)"),
+    "documents_in_additive_mask": (
+        lambda x: torch.where(same_document(x), 0.0, float("-inf")).to(x.dtype),
+        "documents (segment ids)",
+    ),
+    "additive_documents_and_padding": (
+        lambda x: torch.where(same_document(x) & shown(x), 0.0, torch.finfo(torch.float32).min).to(x.dtype),
+        "documents (segment ids), proven",
+    ),
+    "documents_by_positions_in_additive_mask": (
+        lambda x: torch.where(same_document(x) & in_order(x), 0.0, torch.finfo(torch.float32).min).to(x.dtype),
+        "of the batch's data within documents (segment ids)",
+    ),
+    "documents_in_no_order": (lambda x: equal((x[:, :, 0] * 2).long()) & causal(x), "documents (segment ids), proven"),
+    "documents_of_heads": (
+        lambda x: equal(documents(x)[:, None] // torch.arange(1, 5)[:, None], heads=True),
+        "documents (segment ids)",
+    ),
+    "documents_of_columns_backwards": (
+        lambda x: documents(x)[:, None, :, None] == documents(x).flip(1)[:, None, None, :],
+        "documents (segment ids)",
+    ),
     "padding": (lambda x: (x[:, :, 0] > -1)[:, None, None, :] & causal(x) | (row_is_column(x)), "of the batch's data"),
+    "padding_and_documents": (
+        lambda x: (x[:, :, 0] > -1)[:, None, None, :] & same_document(x),
+        "of the batch's data within documents (segment ids)",
+    ),
     "padding_without_a_way_out": (lambda x: (x[:, :, 0] > 0.5)[:, None, None, :] & causal(x), "of the batch's data, proven"),
     "left_padding_lowest": (lambda x: torch.where(causal(x) & shown(x), 0.0, torch.finfo(torch.float32).min).to(x.dtype), "proven"),
     "additive_window": (
@@ -167,9 +200,38 @@ def row_is_column(x: Tensor) -> Tensor:
     return row == column
 
 
+def documents(x: Tensor) -> Tensor:
+    """The number of the document at every position."""
+    return (x[:, :, 0] > 0.7).cumsum(1)
+
+
+def equal(numbers: Tensor, *, heads: bool = False) -> Tensor:
+    numbers = numbers if heads else numbers[:, None]
+    return numbers[:, :, :, None] == numbers[:, :, None, :]
+
+
 def same_document(x: Tensor) -> Tensor:
-    document = (x[:, :, 0] > 0.7).cumsum(1)
-    return (document[:, None, :, None] == document[:, None, None, :]) & torch.ones(x.shape[1], 1, dtype=torch.bool)
+    return equal(documents(x)) & torch.ones(x.shape[1], 1, dtype=torch.bool)
+
+
+def in_order(x: Tensor) -> Tensor:
+    """Whether a column's position, counted within its document, is at most the row's: as Transformers compares them."""
+    number, place = documents(x), torch.arange(x.shape[1])
+    first = torch.where(F.pad(number, (1, 0), value=-1)[:, 1:] > number, place, 0).cummax(1)[0]
+    position = place - first
+    return position[:, None, None, :] <= position[:, None, :, None]
+
+
+def looked_up(x: Tensor, like: Tensor, columns: bool = False) -> Tensor:
+    """The numbers of documents by index, as functions of four indices look them up."""
+    batch, position = torch.arange(x.shape[0])[:, None, None, None], torch.arange(x.shape[1])
+    return documents(like)[batch, position[None, None, None, :] if columns else position[None, None, :, None]]
+
+
+def shifted(numbers: Tensor) -> Tensor:
+    """Whether a row's number is that of the column before."""
+    longer = F.pad(numbers, (1, 0), value=0)
+    return longer[:, None, 1:, None] == longer[:, None, None, :-1]
 
 
 def shown(x: Tensor) -> Tensor:
@@ -226,6 +288,53 @@ def test_columns_that_nothing_attends_to_are_left_out(monkeypatch: pytest.Monkey
     assert_exact(net, (x,), net)
     program = tiles._PROGRAMS[max(tiles._PROGRAMS)]
     assert list(program.tiles()) == [(0, 4, 0, 4), (4, 8, 0, 8), (8, 12, 4, 12), (12, 13, 8, 13)]
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("by_index", [True, False])
+def test_documents_cost_the_sum_of_their_squares(is_causal: bool, by_index: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with other numbers in another order, and padding of the number zero at the end."""
+    lengths = [5, 20, 9, 23, 7]
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 2 * sum(lengths))  # a row of one rank's heads
+    pairs = 0
+
+    def compute(program: tiles.TileProgram, tile: tuple[int, int, int, int], values: Any) -> Tensor:
+        nonlocal pairs
+        pairs += (tile[1] - tile[0]) * (tile[3] - tile[2])
+        return original(program, tile, values)
+
+    original = tiles.TileProgram.compute
+    monkeypatch.setattr(tiles.TileProgram, "compute", compute)
+    net = Attention()
+
+    def step(x: Tensor, numbers: Tensor) -> Tensor:
+        same = equal(numbers)
+        if by_index:
+            batch, row = torch.arange(x.shape[0])[:, None, None, None], torch.arange(x.shape[1])[:, None]
+            same = numbers[batch, row] == numbers[batch, row.transpose(0, 1)]
+        net.mask = lambda x: same & causal(x) if is_causal else same
+        loss = net(x)[0]
+        net.mask = None
+        return loss
+
+    (x,) = inputs(sum(lengths))
+    for names in ([1, 2, 3, 4, 0], [7, 3, 5, -2, 0], [0, 1, 2, 3, 4]):
+        numbers = torch.repeat_interleave(torch.tensor(names), torch.tensor(lengths)).expand(2, -1).contiguous()
+        pairs = 0
+        call = assert_exact(step, (x, numbers), net).report.attention[0]
+        assert call.mask.startswith("documents (segment ids)")
+        cost = sum(length * (length + 1) // 2 if is_causal else length**2 for length in lengths)
+        assert pairs == 2 * 2 * cost  # two ranks, forward and backward
+
+
+def test_positions_that_count_from_the_end_prove_nothing() -> None:
+    def mask(x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1])
+        return positions <= positions[positions - 1][:, None]
+
+    net = Attention(mask=mask)
+    report = assert_exact(net, inputs(), net).report
+    assert report.attention[0].mask.startswith("of the batch's data")
 
 
 def test_a_mask_of_pairs_that_comes_with_the_batch_is_kept() -> None:

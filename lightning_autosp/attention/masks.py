@@ -4,7 +4,9 @@ The operators behind a mask are interpreted abstractly: every value is a functio
 (`row + 3`), a boolean formula over comparisons of affine forms (`col <= row and row - col < 4096`), or a choice between two
 constants (`0 where allowed, else -inf`). What comes out is proven for all lengths; nothing is evaluated at a size and nothing
 is sampled. Truth values that are not understood (a padding mask that came with the batch) are `data`; of a mask that is
-`column <= row and data` it is still proven that it attends to nothing right of the diagonal (`column_bounds`).
+`column <= row and data` it is still proven that it attends to nothing right of the diagonal (`column_bounds`). Integers that
+are not understood (the number of the document at every position) are a `Table`: of a mask that compares such numbers of row and
+column (`segments`), the columns that a few rows attend to can be found from the numbers alone.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import sympy
 import torch
@@ -21,7 +23,7 @@ from torch import fx
 
 from lightning_autosp.compiler.capture import Captured
 
-__all__ = ["MaskProof", "column_bounds", "prove_mask"]
+__all__ = ["MaskProof", "Table", "column_bounds", "prove_mask", "segments"]
 
 aten = torch.ops.aten
 
@@ -59,8 +61,17 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class Table:
+    """`node[indices[0], indices[1], ...]`: elements of a tensor of integers that are not known further."""
+
+    node: fx.Node
+    indices: tuple[Affine, ...]
+
+
+@dataclass(frozen=True)
 class Formula:
-    """A boolean function of the indices: `op` is `true`, `false`, `ge0` (of one affine form), `and`, `or`, `not` or `data`.
+    """A boolean function of the indices: `op` is `true`, `false`, `ge0` (of one affine form), `same` or `at_most` (of two tables),
+    `and`, `or`, `not` or `data`.
 
     `data` stands for any function of indices and batch: two of them are not the same, and its negation is `data` too.
     """
@@ -78,8 +89,10 @@ class Choice:
     no: sympy.Expr
 
 
-Value = Affine | Formula | Choice
+Value = Affine | Table | Formula | Choice
 TRUE, FALSE, DATA = Formula("true"), Formula("false"), Formula("data")
+_OF_TABLES = ("same", "at_most")
+"""Of two integers: they hold where both are the same."""
 
 
 class _Unknown(Exception):
@@ -117,7 +130,10 @@ def prove_mask(mask: fx.Node, captured: Captured) -> MaskProof:
     if not any(map(_has_data, atoms)):
         return MaskProof("structured", "proven " + " and ".join(names), simple, lowest, diagonal)
     known = f", proven {' and '.join(names)}" if names else ""
-    return MaskProof("unknown", f"of the batch's data{known}", simple, lowest, diagonal)
+    compares = {atom for atom in atoms if _is_segments(atom)}
+    others = any(_has_data(atom) for atom in atoms - compares)
+    said = " within ".join(["of the batch's data"] * others + ["documents (segment ids)"] * bool(compares))
+    return MaskProof("unknown", said + known, simple, lowest, diagonal)
 
 
 def column_bounds(proof: MaskProof, sizes: Mapping[sympy.Symbol, int]) -> Callable[[int, int], tuple[int, int]] | None:
@@ -130,11 +146,8 @@ def column_bounds(proof: MaskProof, sizes: Mapping[sympy.Symbol, int]) -> Callab
     Returns:
         `None` if every row may attend to all columns, as far as is proven.
     """
-    # A row without anything it attends to weighs all columns alike if its scores are finite: none may be left out.
-    if proof.formula is None or not (proof.diagonal or proof.lowest == float("-inf")):
-        return None
     limits: list[tuple[int, int, int]] = []
-    for atom in proof.formula.parts if proof.formula.op == "and" else (proof.formula,):
+    for atom in _hiding(proof):
         if atom.op != "ge0":
             continue
         form = atom.parts[0]
@@ -158,8 +171,39 @@ def column_bounds(proof: MaskProof, sizes: Mapping[sympy.Symbol, int]) -> Callab
     return bounds
 
 
+def segments(proof: MaskProof) -> list[tuple[Table, Table]]:
+    """Return pairs of numbers, of the row and of the column: where the two differ, nothing is attended."""
+    return [_segments(atom) for atom in _hiding(proof) if _is_segments(atom)]
+
+
+def _hiding(proof: MaskProof) -> tuple[Formula, ...]:
+    """Return formulas each of which hides columns where it does not hold, so that these may be left out."""
+    # A row without anything it attends to weighs all columns alike if its scores are finite: none may be left out.
+    if proof.formula is None or not (proof.diagonal or proof.lowest == float("-inf")):
+        return ()
+    return proof.formula.parts if proof.formula.op == "and" else (proof.formula,)
+
+
+def _segments(formula: Formula) -> tuple[Table, Table]:
+    """Return the tables of a comparison of rows with columns, the rows' first."""
+    left, right = formula.parts
+    return (right, left) if _reads(left, -1) or _reads(right, -2) else (left, right)
+
+
+def _is_segments(formula: Formula) -> bool:
+    if formula.op != "same":
+        return False
+    rows, columns = _segments(formula)
+    return not _reads(rows, -1) and not _reads(columns, -2)
+
+
+def _reads(table: Table, dim: int) -> bool:
+    """Whether the elements depend on that index."""
+    return any(form.coefficients[dim] != 0 for form in table.indices)
+
+
 def _has_data(formula: Formula) -> bool:
-    return formula.op == "data" or any(isinstance(part, Formula) and _has_data(part) for part in formula.parts)
+    return formula.op in ("data", *_OF_TABLES) or any(isinstance(part, Formula) and _has_data(part) for part in formula.parts)
 
 
 def _on_diagonal(formula: Formula) -> Formula:
@@ -185,7 +229,7 @@ def _describe(formula: Formula, ndim: int) -> str:
         names = [f"i{d}" for d in range(ndim - 2)] + ["row", "column"]
         terms = [f"{c}*{n}" for c, n in zip(form.coefficients, names, strict=True) if c != 0]
         return f"{' + '.join(terms)} + {form.constant} >= 0".replace("+ -", "- ").replace("1*", "").replace(" + 0", "")
-    if formula.op in ("true", "false", "data"):
+    if formula.op in ("true", "false", "data", *_OF_TABLES):
         return formula.op
     inner = [_describe(part, ndim) for part in formula.parts]
     return f"not ({inner[0]})" if formula.op == "not" else "(" + f" {formula.op} ".join(inner) + ")"
@@ -216,6 +260,8 @@ def _negate(formula: Formula) -> Formula:
         return DATA
     if formula.op == "not":
         return formula.parts[0]
+    if formula.op in _OF_TABLES:
+        return Formula("not", (formula,))
     if formula.op in ("true", "false"):
         return FALSE if formula.op == "true" else TRUE
     if formula.op == "ge0":  # over the integers, not (f >= 0) is -f - 1 >= 0
@@ -240,20 +286,27 @@ def _simplify(formula: Formula, shape: tuple[sympy.Expr, ...]) -> Formula:
     if formula.op in ("and", "or"):
         return _join(formula.op, *(_simplify(part, shape) for part in formula.parts))
     if formula.op == "not":
-        return _simplify(_negate(formula.parts[0]), shape)
-    if formula.op == "ge0":
-        form = formula.parts[0]
-        low = high = form.constant
-        for coefficient, size in zip(form.coefficients, shape, strict=True):
-            if not coefficient.is_Integer:
-                return formula
-            reach = coefficient * (size - 1)
-            low, high = (low, high + reach) if coefficient > 0 else (low + reach, high)
+        return _negate(_simplify(formula.parts[0], shape))
+    if formula.op in _OF_TABLES:
+        return TRUE if formula.parts[0] == formula.parts[1] else formula
+    if formula.op == "ge0" and (reach := _reach(formula.parts[0], shape)):
+        low, high = reach
         if _never_negative(low):
             return TRUE
         if _never_negative(-high - 1):
             return FALSE
     return formula
+
+
+def _reach(form: Affine, shape: tuple[sympy.Expr, ...]) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """Return the least and the greatest value of a form for indices within the shape; `None` if a coefficient is no number."""
+    low = high = form.constant
+    for coefficient, size in zip(form.coefficients, shape, strict=True):
+        if not coefficient.is_Integer:
+            return None
+        reach = coefficient * (size - 1)
+        low, high = (low, high + reach) if coefficient > 0 else (low + reach, high)
+    return low, high
 
 
 def _never_negative(expr: sympy.Expr) -> bool:
@@ -273,8 +326,8 @@ def _map_forms(value: Value, change: Callable[[Affine], Affine]) -> Value:
         formula = _map_forms(value.formula, change)
         assert isinstance(formula, Formula)
         return Choice(formula, value.yes, value.no)
-    if value.op == "ge0":
-        return Formula("ge0", (change(value.parts[0]),))
+    if isinstance(value, Table):
+        return Table(value.node, tuple(map(change, value.indices)))
     return Formula(value.op, tuple(_map_forms(part, change) for part in value.parts))
 
 
@@ -301,9 +354,12 @@ class _Interpreter:
             return self._evaluate(node)
         except _Unknown:
             value = node.meta.get("val")
-            if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
+            if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex():
+                raise
+            if value.dtype is torch.bool:
                 return DATA
-            raise
+            places = (tuple(sympy.Integer(dim == own) for dim in range(value.ndim)) for own in range(value.ndim))
+            return Table(node, tuple(Affine(place, sympy.Integer(0)) for place in places))
 
     def _number(self, number: Any, ndim: int) -> Value:
         if isinstance(number, bool):
@@ -417,7 +473,7 @@ def _mul(run: _Interpreter, node: fx.Node) -> Value:
     raise _Unknown("a product of masks")
 
 
-def _compare(make: Callable[[Affine, Affine], Formula]) -> Any:
+def _compare(make: Callable[[Any, Any], Formula]) -> Any:
     def rule(run: _Interpreter, node: fx.Node) -> Value:
         left, right = run.aligned(node, node.args[0], node.args[1])
         if isinstance(left, Affine) and isinstance(right, Affine):
@@ -425,6 +481,8 @@ def _compare(make: Callable[[Affine, Affine], Formula]) -> Any:
                 raise _Unknown("a comparison of fractions")
             width = max(len(left.coefficients), len(right.coefficients))
             return make(_lengthened(left, width), _lengthened(right, width))
+        if isinstance(left, Table) and isinstance(right, Table):
+            return make(left, right)
         formula = _as_formula(left)
         if node.target in (aten.eq.Tensor, aten.eq.Scalar):
             other = _as_formula(right)
@@ -443,10 +501,21 @@ def _equal_truth(left: Formula, right: Formula) -> Formula:
     raise _Unknown("a comparison of masks")
 
 
-def _minus(left: Affine, right: Affine, less: int = 0) -> Formula:
-    """`left - right - less >= 0`; decided at once when it is a number."""
+Numbers = TypeVar("Numbers", Affine, Table)
+
+
+def _ge(left: Numbers, right: Numbers) -> Formula:
+    return Formula("at_most", (right, left)) if isinstance(left, Table) else _minus(left, right)
+
+
+def _eq(left: Numbers, right: Numbers) -> Formula:
+    return Formula("same", (left, right)) if isinstance(left, Table) else _join("and", _ge(left, right), _ge(right, left))
+
+
+def _minus(left: Affine, right: Affine) -> Formula:
+    """`left - right >= 0`; decided at once when it is a number."""
     coefficients = tuple(a - b for a, b in zip(left.coefficients, right.coefficients, strict=True))
-    form = Affine(coefficients, sympy.expand(left.constant - right.constant - less))
+    form = Affine(coefficients, sympy.expand(left.constant - right.constant))
     if form.is_constant and form.constant.is_Integer:
         return TRUE if form.constant >= 0 else FALSE
     return Formula("ge0", (form,))
@@ -505,8 +574,7 @@ def _filled(position: int | None, number: Any = None) -> Any:
             return _as_formula(fill)
         if isinstance(fill, Formula):
             fill = run._number(int(fill == TRUE), 0)
-        assert isinstance(fill, Affine)
-        return Affine((sympy.Integer(0),) * ndim, fill.constant, not node.meta["val"].is_floating_point())
+        return Affine((sympy.Integer(0),) * ndim, _constant(fill), not node.meta["val"].is_floating_point())
 
     return rule
 
@@ -528,6 +596,8 @@ def _cast(run: _Interpreter, node: fx.Node) -> Value:
                 raise _Unknown("a rounded number")
             return Affine(value.coefficients, value.constant, integral)
         return value
+    if isinstance(value, Table) and torch.promote_types(value.node.meta["val"].dtype, dtype) != dtype:
+        raise _Unknown("numbers that may not fit")
     return value
 
 
@@ -677,8 +747,9 @@ def _index(run: _Interpreter, node: fx.Node) -> Value:
     if len(indices) != ndim or any(index is None for index in indices):
         raise _Unknown("an index that keeps dimensions")
     forms = run.aligned(node, *indices)
-    if not all(isinstance(form, Affine) for form in forms):
-        raise _Unknown("an index that is not affine")
+    for form in forms:
+        if not isinstance(form, Affine) or not (reach := _reach(form, run.shape(node))) or not _never_negative(reach[0]):
+            raise _Unknown("an index that is not affine, or may count from the end")
 
     def change(form: Affine) -> Affine:
         total = Affine((sympy.Integer(0),) * len(run.shape(node)), form.constant, form.integral)
@@ -694,13 +765,6 @@ def _index(run: _Interpreter, node: fx.Node) -> Value:
 def _item(run: _Interpreter, node: fx.Node) -> Value:
     raise _Unknown("one of several outputs")
 
-
-def _ge(a: Affine, b: Affine) -> Formula:
-    return _minus(a, b)
-
-
-_EQ = lambda a, b: _join("and", _minus(a, b), _minus(b, a))  # noqa: E731
-_NE = lambda a, b: _negate(_EQ(a, b))  # noqa: E731
 
 _OPERATORS: dict[Any, Callable[[_Interpreter, fx.Node], Value]] = {
     operator.getitem: _item,
@@ -760,11 +824,11 @@ _OPERATORS: dict[Any, Callable[[_Interpreter, fx.Node], Value]] = {
 }
 for _name, _make in {
     "ge": _ge,
-    "gt": lambda a, b: _minus(a, b, 1),
-    "le": lambda a, b: _minus(b, a),
-    "lt": lambda a, b: _minus(b, a, 1),
-    "eq": _EQ,
-    "ne": _NE,
+    "gt": lambda a, b: _negate(_ge(b, a)),
+    "le": lambda a, b: _ge(b, a),
+    "lt": lambda a, b: _negate(_ge(a, b)),
+    "eq": _eq,
+    "ne": lambda a, b: _negate(_eq(a, b)),
 }.items():
     for _overload in ("Tensor", "Scalar"):
         _OPERATORS[getattr(getattr(aten, _name), _overload)] = _compare(_make)

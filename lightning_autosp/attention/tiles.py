@@ -35,6 +35,73 @@ class Cut:
     columns: int | None = None
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """Numbers of a mask's rows or columns: elements of an input, looked up by affine functions of the mask's indices.
+
+    Attributes:
+        input: Which of the program's inputs, not cut.
+        places: For every dimension of the input one factor for every index of the mask, and what is added.
+    """
+
+    input: int
+    places: tuple[tuple[int, ...], ...]
+
+    def __call__(self, inputs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Return the numbers for all indices of a mask of that shape; of size 1 where they are the same for all."""
+        table = inputs[self.input]
+        ndim = len(shape)
+        places = []
+        for *factors, added in self.places:
+            place = torch.full((1,) * ndim, added, device=table.device)
+            for dim, factor in enumerate(factors):
+                if factor:
+                    steps = torch.arange(shape[dim], device=table.device) * factor
+                    place = place + steps.view([-1 if d == dim else 1 for d in range(ndim)])
+            places.append(place)
+        return table[tuple(places)] if places else table.view((1,) * ndim)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Rows attend to columns of the same number only: those of the same document.
+
+    Attributes:
+        rows: The number of every row.
+        columns: The number of every column.
+        shape: Of the mask, rows and columns last.
+    """
+
+    rows: Lookup
+    columns: Lookup
+    shape: tuple[int, ...]
+
+    def bounds(self, inputs: Sequence[Tensor], tile_rows: int) -> Tensor:
+        """Return for every range of rows the first column and the one behind the last whose number may be one of theirs.
+
+        Numbers may be in any order; where they ascend, columns in between are few. Holds `TILE_ELEMENTS` booleans at most.
+
+        Returns:
+            Shape `(tiles, 2)`, int64. A range that attends to nothing has its first column behind its last.
+        """
+        num_rows, num_columns = self.shape[-2:]
+        num_tiles = -(-num_rows // tile_rows)
+        device = inputs[self.rows.input].device
+        padded = torch.arange(num_tiles * tile_rows, device=device).clamp(max=num_rows - 1)
+        rows = self.rows(inputs, self.shape)[..., 0].expand(*self.shape[:-2], num_rows)[..., padded]
+        low, high = torch.aminmax(rows.unflatten(-1, (num_tiles, tile_rows)), dim=-1)
+        low, high = (limit.reshape(-1, num_tiles, 1) for limit in (low, high))
+        columns = self.columns(inputs, self.shape)[..., 0, :].expand(*self.shape[:-2], num_columns).reshape(-1, 1, num_columns)
+        step = max(1, TILE_ELEMENTS // columns.numel())
+        found = []
+        for some_low, some_high in zip(low.split(step, 1), high.split(step, 1), strict=True):
+            within = ((columns >= some_low) & (columns <= some_high)).any(0).to(torch.uint8)
+            any_column = within.amax(-1) > 0
+            first, behind = within.argmax(-1), num_columns - within.flip(-1).argmax(-1)
+            found.append(torch.stack([first.where(any_column, num_columns), behind.where(any_column, 0)], -1))
+        return torch.cat(found)
+
+
 @dataclass(frozen=True, eq=False)
 class TileProgram:
     """How to compute rows of a result.
@@ -48,6 +115,7 @@ class TileProgram:
         num_columns: Of the scores; 0 where columns are never left out.
         tile_rows: Rows of one range.
         columns: Which columns a range of rows needs; `None` for all.
+        segments: Which columns it needs for the values of inputs.
         random: Whether random numbers are drawn; the first input is then a seed.
         autocast: Arguments of `torch.autocast` the program runs under; `None` for what is in force.
     """
@@ -60,6 +128,7 @@ class TileProgram:
     num_columns: int
     tile_rows: int
     columns: ColumnBounds | None = None
+    segments: tuple[Segments, ...] = ()
     random: bool = False
     autocast: tuple[str, torch.dtype, bool] | None = None
     handle: int = field(default_factory=itertools.count().__next__)
@@ -73,12 +142,21 @@ class TileProgram:
         """Ranges of rows."""
         return -(-self.shape[self.row_dim] // self.tile_rows)
 
-    def tiles(self) -> Iterator[tuple[int, int, int, int]]:
-        """Go through `(first row, behind the last, first column, behind the last)`."""
+    def tiles(self, inputs: Sequence[Tensor] | None = None) -> Iterator[tuple[int, int, int, int]]:
+        """Go through `(first row, behind the last, first column, behind the last)`.
+
+        Args:
+            inputs: The program's inputs, not cut; their values say which columns are not needed. `None`: only positions do.
+        """
         rows = self.shape[self.row_dim]
-        for start in range(0, rows, self.tile_rows):
+        limits: list[list[list[int]]] = []
+        if inputs is not None:
+            limits = [segments.bounds(inputs, self.tile_rows).tolist() for segments in self.segments]
+        for index, start in enumerate(range(0, rows, self.tile_rows)):
             stop = min(start + self.tile_rows, rows)
             low, high = self.columns(start, stop) if self.columns else (0, self.num_columns)
+            for limit in limits:
+                low, high = max(low, limit[index][0]), min(high, limit[index][1])
             # A kernel wants at least one column; rows that attend to nothing do so with one as with many.
             low = max(0, min(low, self.num_columns - 1))
             yield start, stop, low, max(min(high, self.num_columns), low + 1)
@@ -135,7 +213,7 @@ def _tiles(inputs: Sequence[Tensor], handle: int) -> Tensor:
     program = _PROGRAMS[handle]
     with _draws(program, inputs) as values:
         out: Tensor | None = None
-        for tile in program.tiles():
+        for tile in program.tiles(values):
             rows = program.compute(tile, program.cut(values, tile))
             if out is None:
                 out = rows.new_empty(program.shape)
@@ -157,7 +235,7 @@ def _tiles_backward(grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[int
         first = int(program.random)
         # Sums over many tiles are kept in float32 at least.
         sums = {i: torch.zeros_like(inputs[i], dtype=torch.promote_types(inputs[i].dtype, torch.float32)) for i in wanted}
-        for tile in program.tiles():
+        for tile in program.tiles(values):
             with _compat.autograd_inside_operator():
                 cut = [value.detach() for value in program.cut(values, tile)]
                 for index in wanted:

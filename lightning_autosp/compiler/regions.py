@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lightning_autosp.attention.masks import MaskProof, prove_mask
+from lightning_autosp.attention.masks import MaskProof, Table, prove_mask, segments
 from lightning_autosp.compiler.capture import Captured, is_size
 from lightning_autosp.compiler.locality import CONTRACTIONS
 from lightning_autosp.compiler.rule import bound
@@ -48,10 +48,12 @@ class Region:
     Attributes:
         body: Computes the value; its placeholders are the inputs, tensors first, in the order of the node's arguments, then sizes.
         proof: Of the mask, where the last node is `scaled_dot_product_attention`.
+        segments: Numbers of rows and of columns, looked up in placeholders: where they differ, nothing is attended.
     """
 
     body: fx.Graph
     proof: MaskProof | None = None
+    segments: tuple[tuple[Table, Table], ...] = ()
 
     def __call__(self, *inputs: Any) -> Any:
         raise NotImplementedError("a region is emitted, not called")
@@ -189,6 +191,8 @@ def _replace(
     if len({modes[node] for node in computed}) > 1 or modes[exit_node][1]:
         return  # scores and result in different modes, or in an autocast region, which would have to stand within the node
     inputs = dict.fromkeys(source for node in ordered for source in node.all_input_nodes if source not in cone)
+    known = [pair for pair in segments(proof) if not {table.node for table in pair} & cone] if proof else []
+    inputs |= dict.fromkeys(table.node for pair in known for table in pair)
     tensors = [source for source in inputs if not is_size(source)]
     if not all(isinstance(source.meta.get("val"), torch.Tensor) for source in tensors):
         return
@@ -200,7 +204,8 @@ def _replace(
     for node in ordered:
         copies[node] = body.node_copy(node, copies.__getitem__)
     body.output(copies[exit_node])
-    region = Region(body, proof)
+    own = [tuple(Table(copies[table.node], table.indices) for table in pair) for pair in known]
+    region = Region(body, proof, tuple(own))  # type: ignore[arg-type]
     if not can_be_tiled(region):
         return
     with captured.graph.inserting_before(exit_node):

@@ -16,8 +16,8 @@ from torch import fx
 
 from lightning_autosp import _compat
 from lightning_autosp.attention import tiles
-from lightning_autosp.attention.masks import column_bounds
-from lightning_autosp.attention.tiles import Cut, TileProgram
+from lightning_autosp.attention.masks import Table, column_bounds
+from lightning_autosp.attention.tiles import Cut, Lookup, Segments, TileProgram
 from lightning_autosp.compiler.capture import Captured, is_size
 from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.locality import is_pointwise
@@ -282,6 +282,22 @@ def write_tile(
             known = [size for size in sizes if isinstance(size, int)]
             width = em.integer(facts.shape(node)[cut[2].dim]) if cut[2] is not None else 1
             largest = max(largest, width * int(torch.Size(known).numel()))
+    by_segments: list[Segments] = []
+    if columns is not None and region.segments:
+        mask = region.exit.args[3]
+        assert isinstance(mask, fx.Node)
+        pairs = tuple(em.integer(size) for size in facts.shape(mask))
+
+        def lookup(table: Table) -> Lookup:
+            place = (placeholders.index(table.node), None)
+            if place not in inputs:
+                graph.placeholder(f"input_{len(inputs)}")
+                inputs.append(place)
+                cuts.append(Cut())
+            forms = [(*form.coefficients, form.constant) for form in table.indices]
+            return Lookup(inputs.index(place), tuple(tuple(map(em.integer, numbers)) for numbers in forms))
+
+        by_segments = [Segments(lookup(rows), lookup(columns), pairs) for rows, columns in region.segments]
     graph.output(env[region.exit, forms])
     tile_rows = max(1, tiles.TILE_ELEMENTS // largest)
     proof = region.proof
@@ -294,6 +310,7 @@ def write_tile(
         num_columns=0 if columns is None else em.integer(columns.size),
         tile_rows=tile_rows - tile_rows % 64 if tile_rows > 64 else tile_rows,
         columns=column_bounds(proof, em.sizes) if proof is not None and columns is not None else None,
+        segments=tuple(by_segments),
         random=region.any(is_random),
         autocast=_autocast(region.exit.meta["val"].device.type),
     )
