@@ -5,15 +5,23 @@ Checked against torch 2.13.0. Each entry says what it is for; when a release mov
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+# The pieces a partitioner is made of: equal operators run once, torch's own choice, and the two graphs for any choice.
+from torch._functorch import config as _functorch_config
 from torch._functorch._aot_autograd.functional_utils import from_fun as _from_fun
 
 # Functionalisation that keeps composite operators (attention, losses, dropout) whole: what torch.export traces with.
 from torch._functorch._aot_autograd.functional_utils import has_data_mutation, to_fun
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import _extract_fwd_bwd_modules
+from torch._functorch.partitioners import min_cut_rematerialization_partition as min_cut_partition
 
 # What Dynamo records where a vmap opens and closes a level.
 from torch._functorch.predispatch import _vmap_decrement_nesting as VMAP_CLOSES
@@ -24,6 +32,12 @@ from torch.distributed.device_mesh import DeviceMesh
 # Tie a fake tensor that no traced operator produced to a node of the graph being traced (opaque higher-order operators).
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import CheckpointPolicy
+
+try:
+    from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen
+except ImportError:  # before torch 2.12
+    BoxedCodeGen = None  # type: ignore[assignment, misc]
 
 __all__ = [
     "DYNAMO_IGNORES_MODES",
@@ -31,9 +45,11 @@ __all__ = [
     "VMAP_OPENS",
     "FunctionalTensorMode",
     "autograd_inside_operator",
+    "boxed",
     "current_tracer",
     "dynamic_dims",
     "example_of",
+    "extract_forward_and_backward",
     "forbid_reading",
     "from_fun",
     "has_data_mutation",
@@ -43,11 +59,15 @@ __all__ = [
     "make_fx",
     "mark_dynamic",
     "mesh_without_group",
+    "min_cut",
+    "min_cut_partition",
     "node_of",
+    "partitioner",
     "shape_replacements",
     "to_fun",
-    "without_top_mode",
     "track_tensor_tree",
+    "without_duplicates",
+    "without_top_mode",
 ]
 
 
@@ -148,3 +168,70 @@ def autograd_inside_operator() -> Iterator[None]:
             yield
     finally:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
+
+
+def without_duplicates(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """Return a joint graph that computes nothing twice, as AOTAutograd's own partitioner begins."""
+    graph.eliminate_dead_code()
+    return fx_graph_cse(graph) if _functorch_config.cse else graph
+
+
+def min_cut(
+    module: torch.fx.GraphModule, inputs: Any, again: set[torch.fx.Node], **options: Any
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """Partition a joint graph as torch does by default.
+
+    Args:
+        module: Of the joint graph; stays as it is.
+        inputs: Passed on.
+        again: Nodes that are never kept for backward.
+        options: Passed on.
+    """
+    names = {node.name for node in again}
+    module = torch.fx.GraphModule(module, copy.deepcopy(module.graph))
+    for node in module.graph.nodes:
+        if node.name in names:
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    return min_cut_partition(module, inputs, **options)
+
+
+def partitioner(partition: Callable[..., tuple[torch.fx.GraphModule, torch.fx.GraphModule]]) -> Any:
+    """Return a function that divides joint graphs as Inductor's options take it."""
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    class Partition(CustomPartitionerFn):
+        def __call__(self, gm: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+            return partition(gm, joint_inputs, **options)
+
+        def uuid(self) -> str:
+            # What follows is cached by the graphs of forward and backward, which say what was chosen.
+            return "lightning_autosp"
+
+    return Partition()
+
+
+def extract_forward_and_backward(
+    module: torch.fx.GraphModule, saved: list[torch.fx.Node], num_fwd_outputs: int
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """Return the graphs of forward and backward that hand each other these values, in AOTAutograd's calling convention."""
+    return _extract_fwd_bwd_modules(module, saved, saved_sym_nodes=[], num_fwd_outputs=num_fwd_outputs)
+
+
+def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """Return the module as a function of a list that it empties, so that inputs are freed behind their last use."""
+    run: Callable[[list[Any]], Any]
+    if BoxedCodeGen is not None:
+        module.graph.set_codegen(BoxedCodeGen())
+        module.recompile()
+        run = module.forward
+    else:
+
+        def run(inputs: list[Any]) -> Any:
+            return torch.fx.Interpreter(module).boxed_run(inputs)
+
+    @functools.wraps(run)
+    def call(inputs: list[Any]) -> Any:
+        return run(inputs)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call

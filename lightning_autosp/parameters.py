@@ -63,6 +63,16 @@ class ModuleParameters:
         parameter = self.owned[name]
         return parameter.to_local(grad_placements=parameter.placements) if isinstance(parameter, DTensor) else parameter
 
+    def largest_parts(self) -> dict[str, Tensor]:
+        """Return for every parameter a tensor without memory, of the shape and type of the largest part that a rank holds."""
+        parts = {}
+        for name, original in self.originals.items():
+            shape = list(original.shape)
+            if self.sharded and shape:
+                shape[0] = -(-shape[0] // self.group.size)
+            parts[name] = torch.empty(shape, dtype=original.dtype, device="meta")
+        return parts
+
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[None]:
         """Put the user's own parameters into the module, to be traced and not to be read."""

@@ -54,6 +54,10 @@ from lightning_autosp.compiler.backend import resolve_backend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum
+from lightning_autosp.memory.devices import device_of, limit_bytes
+from lightning_autosp.memory.estimate import States, optimizer_memory
+from lightning_autosp.memory.partition import MemoryOptions
+from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh, resolve_sizes
 from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
 from lightning_autosp.step import CompiledStep, batch_tensors
@@ -93,6 +97,8 @@ class AutoSPStrategy(ParallelStrategy):
         attention: AttentionMethod = "auto",
         sequence_dim: int = 1,
         compile_backend: Backend = "auto",
+        checkpoint_policy: CheckpointPolicy = "auto",
+        memory_limit: int | float | str = "auto",
         strict: bool = False,
         state_dict_type: StateDictType = "full",
         process_group_backend: str | None = None,
@@ -111,6 +117,11 @@ class AutoSPStrategy(ParallelStrategy):
                 part of the heads and back.
             sequence_dim: The dimension of batch tensors that holds the sequence.
             compile_backend: "inductor", or "aot_eager" to run compiled graphs operator by operator. "auto": Inductor on CUDA.
+            checkpoint_policy: Which values are kept for backward, and which are computed again (`memory.policy`). "none": what
+                PyTorch's partitioner keeps. "attention": attention's results, what collectives brought, and what enters each
+                layer. "full": what enters each layer alone. "auto": the least computing again that fits `memory_limit`.
+            memory_limit: What a rank may take: bytes, text as "80GiB", or a fraction of the device's memory. A step that is
+                predicted to take more is refused before it runs. "auto": what the device has free; then it is only reported.
             strict: Raise, with the line, if anything runs unsharded for want of a rule, if an attention mask above 64 MiB
                 is not proven, or if a step is not a single graph.
             state_dict_type: "full": checkpoints are one file that plain Lightning reads. "sharded": a directory every rank writes
@@ -129,6 +140,9 @@ class AutoSPStrategy(ParallelStrategy):
         _require_choice("parameter_sharding", parameter_sharding, ParameterSharding)
         _require_choice("attention", attention, AttentionMethod)
         _require_choice("compile_backend", compile_backend, Backend)
+        _require_choice("checkpoint_policy", checkpoint_policy, CheckpointPolicy)
+        if memory_limit != "auto":
+            limit_bytes(memory_limit, 1)
         _require_choice("state_dict_type", state_dict_type, StateDictType)
         _require_choice("start_method", start_method, StartMethod)
         if not isinstance(sequence_dim, int) or isinstance(sequence_dim, bool) or sequence_dim < 0:
@@ -138,6 +152,8 @@ class AutoSPStrategy(ParallelStrategy):
         self._attention = attention
         self._sequence_dim = sequence_dim
         self._compile_backend = compile_backend
+        self._checkpoint_policy = checkpoint_policy
+        self._memory_limit = memory_limit
         self._strict = strict
         self._state_dict_type = state_dict_type
         self._process_group_backend = process_group_backend
@@ -345,6 +361,48 @@ class AutoSPStrategy(ParallelStrategy):
             kind="",
             rank_seed=self.global_rank,
             strict=self._strict,
+            memory=self._memory_options(),
+        )
+
+    def _memory_options(self) -> MemoryOptions:
+        device = device_of(self.root_device)
+        share = device.memory // (self.num_processes if self.root_device.type == "cpu" else 1)
+        limit = share
+        if self._memory_limit != "auto":
+            limit = limit_bytes(self._memory_limit, share)
+        elif self.root_device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.root_device)
+            limit = free + torch.cuda.memory_reserved(self.root_device)
+        if self.world_size > 1:  # what is chosen shapes the graphs, whose collectives all ranks have to meet in
+            smallest = torch.tensor(limit, device=self.root_device)
+            dist.all_reduce(smallest, dist.ReduceOp.MIN)
+            limit = int(smallest)
+        return MemoryOptions(
+            policy=self._checkpoint_policy,
+            limit=limit,
+            refuse=self._memory_limit != "auto",
+            roofline=device.roofline,
+            overhead=device.overhead,
+            states=self._states_held,
+        )
+
+    def _states_held(self) -> States:
+        """Return what this rank holds besides what a step takes. Of uneven parts, the first rank's are the largest."""
+        assert self._parameters is not None
+        assert self.lightning_module is not None
+        parts = self._parameters.largest_parts()
+        trained = {name for name, parameter in self._parameters.owned.items() if parameter.requires_grad}
+        buffers = sum(buffer.nbytes for buffer in self.lightning_module.buffers())
+        by_id = {id(parameter): parts[name] for name, parameter in self._parameters.owned.items()}
+        found = [
+            optimizer_memory(optimizer, lambda parameter: by_id.get(id(parameter), parameter)) for optimizer in self.optimizers
+        ]
+        accumulates = self.lightning_module.trainer.accumulate_grad_batches > 1
+        return States(
+            parameters=sum(part.nbytes for part in parts.values()) + buffers,
+            gradients=sum(part.nbytes for name, part in parts.items() if name in trained) if accumulates else 0,
+            optimizer=sum(state for state, _ in found),
+            optimizer_step=max((step for _, step in found), default=0),
         )
 
     @override

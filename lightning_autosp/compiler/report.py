@@ -17,6 +17,7 @@ from lightning_autosp.compiler.regions import Region
 if TYPE_CHECKING:
     from lightning_autosp.compiler.emit import Emitter, Program
     from lightning_autosp.compiler.rule import Sharding
+    from lightning_autosp.memory.estimate import MemoryEstimate
 
 __all__ = [
     "MASK_LIMIT_BYTES",
@@ -123,6 +124,7 @@ class StepReport:
         crossings: Values that leave a piece of a step that is cut as parts.
         attention: Every attention call.
         collectives: `name -> (count, bytes)` a rank and step, forward and backward, as far as they have been compiled.
+        memory: What it is predicted to take; `None` if memory is not planned.
         compile_s: Seconds from the captured graph to a callable forward.
     """
 
@@ -138,6 +140,7 @@ class StepReport:
     crossings: list[Crossing] = field(default_factory=list)
     attention: list[Attention] = field(default_factory=list)
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
+    memory: MemoryEstimate | None = None
     compile_s: float = 0.0
 
     @classmethod
@@ -288,6 +291,8 @@ class Report:
                 rows.append(("  attention", f"{count} x {call}"))
             for name, (count, size) in step.collectives.items():
                 rows.append(("  collective", f"{count} x {name}, {size / MiB:.2f} MiB a rank"))
+            if step.memory is not None:
+                rows.extend((f"  {heading}", text) for heading, text in step.memory.rows())
             for whole in step.gathered:
                 rows.append(("  gathered", f"{whole.name} at {whole.where}, {whole.bytes / MiB:.2f} MiB: {whole.reason}"))
             for crossing in step.crossings:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_autosp import _compat
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler import rules
-from lightning_autosp.compiler.backend import CompileBackend, OnGraph, compile_module
+from lightning_autosp.compiler.backend import CompileBackend, OnGraph, Partition, compile_module
 from lightning_autosp.compiler.capture import Captured, capture
 from lightning_autosp.compiler.crossing import EagerMarks, PartTensor, Placement, placement_of
 from lightning_autosp.compiler.demand import make_plan
@@ -29,6 +29,8 @@ from lightning_autosp.compiler.regions import join_attention
 from lightning_autosp.compiler.report import Crossing, Report, StepReport
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.tiling import can_be_tiled
+from lightning_autosp.memory.meter import LiveBytes
+from lightning_autosp.memory.partition import MemoryOptions, Partitioner
 
 __all__ = ["MAX_PROGRAMS", "Compiler", "LoweredStep", "Parameters"]
 
@@ -63,6 +65,8 @@ class Compiler:
         rank_seed: Distinguishes this rank's random stream from the others'.
         strict: Whether anything computed in full raises.
         pieces: Whether graphs are pieces of a step that is cut: what they compute as parts they hand on as parts (`PartTensor`).
+        memory: How memory is planned; `None`: PyTorch's own partitioner, and nothing is estimated.
+        meter: Counts the bytes that programs take.
     """
 
     mesh: DeviceMesh
@@ -74,6 +78,8 @@ class Compiler:
     rank_seed: int = 0
     strict: bool = False
     pieces: bool = False
+    memory: MemoryOptions | None = None
+    meter: LiveBytes | None = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
@@ -88,9 +94,11 @@ class Compiler:
         self.report.num_graphs[self.kind] = self.report.num_graphs.get(self.kind, 0) + 1
         return LoweredStep(captured, self)
 
-    def compile(self, module: fx.GraphModule, inputs: Sequence[Tensor], on_graph: OnGraph) -> Callable[..., Any]:
+    def compile(
+        self, module: fx.GraphModule, inputs: Sequence[Tensor], on_graph: OnGraph, partition: Partition | None = None
+    ) -> Callable[..., Any]:
         """Compile one rank's program; see `backend.compile_module`."""
-        return compile_module(module, inputs, self.backend, on_graph)
+        return compile_module(module, inputs, self.backend, on_graph, partition, self.meter)
 
 
 class LoweredStep:
@@ -185,7 +193,7 @@ class LoweredStep:
         if compiler.strict:
             entry.refuse_fallbacks()
         tensors = self._tensors(program.inputs, inputs)
-        run = compiler.compile(program.module, tensors, entry.count_collectives)
+        run = self._compile_program(program, tensors, entry)
         entry.compile_s = time.perf_counter() - start
         compiler.report.add(entry)
         returned = _returned(emitter)
@@ -199,6 +207,28 @@ class LoweredStep:
             return outputs
 
         return call
+
+    def _compile_program(self, program: Program, tensors: Sequence[Tensor], entry: StepReport) -> Callable[..., Any]:
+        compiler = self.compiler
+        if compiler.memory is None:
+            return compiler.compile(program.module, tensors, entry.count_collectives)
+        partition = Partitioner.of(
+            compiler.memory, tensors, [i for i, value in enumerate(tensors) if self._is_parameter(program, i, value)]
+        )
+
+        def on_graph(gm: fx.GraphModule) -> None:
+            entry.count_collectives(gm)
+            partition.see(gm)
+
+        run = compiler.compile(program.module, tensors, on_graph, partition)
+        entry.memory = partition.estimate
+        return run
+
+    def _is_parameter(self, program: Program, index: int, value: Tensor) -> bool:
+        """Whether an input of a program is a parameter; in a piece of a step, whole ones come as any tensor with a gradient."""
+        if self.captured.placeholders[program.inputs[index]] in self.captured.parameters:
+            return True
+        return self.compiler.pieces and value.requires_grad and placement_of(value) is None
 
     def _tensors(self, wanted: Sequence[int], inputs: Sequence[Any]) -> list[Tensor]:
         parameters = self.compiler.parameters

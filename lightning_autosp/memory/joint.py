@@ -1,0 +1,341 @@
+"""The joint graph of a step, forward and backward, and what running it takes for any choice of what is kept in between.
+
+A `Joint` is read once. A `Schedule` says for one set of kept operators which run in forward and in which order backward runs,
+what it computes again included; `Schedule.peaks` walks it and counts the storages alive. No graph is built to look at a choice.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from lightning_autosp.memory.costs import workspace_bytes
+
+__all__ = ["Joint", "Memory", "Peak", "Schedule"]
+
+aten = torch.ops.aten
+OFFLOADED = "offloaded"
+
+Storages = dict[int, int]
+"""`storage -> bytes`."""
+
+
+def storages(node: fx.Node) -> Storages:
+    """Return the storages of a node's value."""
+    found: Storages = {}
+    for value in pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            storage = value.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return found
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory a graph takes at once.
+
+    Attributes:
+        bytes: Of all storages alive that are not resident, and the workspace of the operator that runs.
+        node: The operator at which it occurs; `None` for an empty graph.
+        alive: The storages alive then, and their bytes.
+        workspace: What the operator's kernel needs besides.
+        end: Bytes alive when the graph returns.
+    """
+
+    bytes: int
+    node: fx.Node | None
+    alive: Storages
+    workspace: int
+    end: int
+
+
+class Memory:
+    """The storages of a graph's values, and which operators use them."""
+
+    def __init__(self, nodes: Iterable[fx.Node]) -> None:
+        self.made: dict[fx.Node, Storages] = {}
+        """The storages of each node's value."""
+        self.used: dict[fx.Node, tuple[int, ...]] = {}
+        """Those of its inputs and its own."""
+        self.workspace: dict[fx.Node, int] = {}
+        self.items: dict[fx.Node, list[fx.Node]] = {}
+        for node in nodes:
+            self.made[node] = storages(node)
+            keys = dict.fromkeys(key for source in (*node.all_input_nodes, node) for key in self.made[source])
+            self.used[node] = tuple(keys)
+            self.workspace[node] = workspace_bytes(node)
+            items = [user for user in node.users if user.target is operator.getitem]
+            if items and not isinstance(node.meta.get("val"), Tensor):
+                self.items[node] = items
+
+    def walk(
+        self, order: Sequence[fx.Node], inputs: Storages, outputs: set[int], resident: set[int], collect: bool = False
+    ) -> Peak:
+        """Run operators in thought, and count.
+
+        Args:
+            order: In the order they run.
+            inputs: Storages that are alive at the start and freed behind their last use.
+            outputs: Storages that are never freed.
+            resident: Storages that are not counted: parameters, inputs that the caller holds.
+            collect: Whether to note what is alive at the peak.
+        """
+        last: dict[int, int] = {}
+        held: list[tuple[int, fx.Node]] = []
+        for position, node in enumerate(order):
+            for key in self.used[node]:
+                last[key] = position
+            if node in self.items:
+                held.append((position, node))
+        if held:
+            # The tuple that an operator with several results returns holds all of them until the last was taken out.
+            index = {node: position for position, node in enumerate(order)}
+            for position, node in held:
+                behind = max((index.get(item, position) for item in self.items[node]), default=position)
+                for key in self.made[node]:
+                    last[key] = max(last[key], behind)
+        free: dict[int, list[int]] = {}
+        for key, position in last.items():
+            if key not in outputs and key not in resident:
+                free.setdefault(position, []).append(key)
+        alive = {key: size for key, size in inputs.items() if key not in resident and (key in last or key in outputs)}
+        current = sum(alive.values())
+        best, where, at_peak, space = current, None, dict(alive) if collect else {}, 0
+        for position, node in enumerate(order):
+            for key, size in self.made[node].items():
+                if key not in alive and key not in resident:
+                    alive[key] = size
+                    current += size
+            extra = self.workspace[node]
+            if current + extra > best or where is None:
+                best, where, space = max(best, current + extra), node, extra
+                if collect:
+                    at_peak = dict(alive)
+            for key in free.get(position, ()):
+                current -= alive.pop(key, 0)
+        return Peak(best, where, at_peak, space, current)
+
+
+class Joint:
+    """What is known of a joint graph before anything is decided.
+
+    Attributes:
+        nodes: All operators, in order.
+        backward: Those that depend on a gradient.
+        outputs: What forward returns.
+        grads: What backward returns.
+        primals: Inputs of forward.
+        of_parameters: Values that follow from parameters alone: made again rather than kept.
+        of_data: Values that follow from inputs alone.
+    """
+
+    def __init__(self, graph: fx.Graph, num_fwd_outputs: int, parameters: Iterable[int]) -> None:
+        """Read a joint graph.
+
+        Args:
+            graph: As AOTAutograd traces it, without symbols.
+            num_fwd_outputs: How many of its outputs are forward's.
+            parameters: Which of its inputs are parameters, by number.
+        """
+        self.graph = graph
+        self.nodes = [node for node in graph.nodes if node.op != "output"]
+        self.memory = Memory(self.nodes)
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        results = pytree.arg_tree_leaves(*graph.output_node().args)
+        self.outputs = [node for node in results[:num_fwd_outputs] if isinstance(node, fx.Node)]
+        self.grads = [node for node in results[num_fwd_outputs:] if isinstance(node, fx.Node)]
+        placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        self.tangents = [node for node in placeholders if "tangents" in str(node.target)]
+        self.primals = [node for node in placeholders if "tangents" not in str(node.target)]
+        chosen = set(parameters)
+        self.resident = {key for node in self.primals for key in self.memory.made[node]}
+        """Storages of inputs: their callers hold them."""
+        self.parameters = [node for index, node in enumerate(self.primals) if index in chosen]
+        self.backward: set[fx.Node] = set()
+        for node in self.nodes:
+            if node in self.tangents or any(source in self.backward for source in node.all_input_nodes):
+                self.backward.add(node)
+        self.of_parameters, self.of_data = self._kinds()
+        self.forward = self._needed(self.outputs)
+        self._wanted: set[fx.Node] | None = None
+
+    def _kinds(self) -> tuple[set[fx.Node], set[fx.Node]]:
+        with_parameters, with_data = set(self.parameters), set(self.primals) - set(self.parameters)
+        for node in self.nodes:
+            if node.op == "placeholder":
+                continue
+            if any(source in with_parameters for source in node.all_input_nodes):
+                with_parameters.add(node)
+            if any(source in with_data for source in node.all_input_nodes) or is_random(node):
+                with_data.add(node)
+        everything = set(self.nodes) - self.backward
+        return (with_parameters - with_data) & everything, everything - with_parameters
+
+    def _needed(self, roots: Iterable[fx.Node]) -> set[fx.Node]:
+        needed: set[fx.Node] = set()
+        pending = list(roots)
+        pending += [node for node in self.nodes if is_mutation(node) and node not in self.backward]
+        while pending:
+            node = pending.pop()
+            if node not in needed:
+                needed.add(node)
+                pending += node.all_input_nodes
+        return needed
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Whether the value depends on parameters and on data, and is no gradient."""
+        return node not in self.backward and node not in self.of_parameters and node not in self.of_data
+
+    def schedule(self, kept: set[fx.Node], offloaded: frozenset[fx.Node] = frozenset()) -> Schedule:
+        """Return what runs if the results of these operators are kept for backward, and everything else is computed again.
+
+        Args:
+            kept: Operators; for one with several results, the operator itself, not what takes a result out.
+            offloaded: Those among them that are kept on the host.
+        """
+        saved: dict[fx.Node, None] = {}
+        order: list[fx.Node] = []
+        done: set[fx.Node] = set(self.tangents)
+        primals = set(self.primals)
+        wanted = self._needed_backward()
+        for node in self.nodes:
+            if node not in wanted or node.op == "placeholder":
+                continue
+            pulled = self._pull(node, kept, primals, done, saved)
+            order += pulled
+        for grad in self.grads:  # one that depends on no tangent
+            order += self._pull(grad, kept, primals, done, saved)
+        first = self._forward_with(saved)
+        forward = [node for node in self.nodes if node in first and node.op != "placeholder"]
+        return Schedule(self, self._with_items(forward), self._with_items(order), list(saved), offloaded)
+
+    def _forward_with(self, saved: Iterable[fx.Node]) -> set[fx.Node]:
+        extra = [node for node in saved if node not in self.forward]
+        if not extra:
+            return self.forward
+        return self._needed([*self.outputs, *saved])
+
+    def _needed_backward(self) -> set[fx.Node]:
+        if self._wanted is None:
+            needed: set[fx.Node] = set()
+            pending = [node for node in self.grads if node in self.backward]
+            pending += [node for node in self.nodes if is_mutation(node) and node in self.backward]
+            while pending:
+                node = pending.pop()
+                if node not in needed and node in self.backward:
+                    needed.add(node)
+                    pending += node.all_input_nodes
+            self._wanted = needed
+        return self._wanted
+
+    def _with_items(self, order: list[fx.Node]) -> list[fx.Node]:
+        """Take results out of a tuple right behind the operator that gives it, so that it does not hold what nobody needs."""
+        present = set(order)
+        out: dict[fx.Node, None] = {}
+        for node in order:
+            out[node] = None
+            for item in self.memory.items.get(node, ()):
+                if item in present:
+                    out[item] = None
+        return list(out)
+
+    def _pull(
+        self, node: fx.Node, kept: set[fx.Node], primals: set[fx.Node], done: set[fx.Node], saved: dict[fx.Node, None]
+    ) -> list[fx.Node]:
+        """Return what has to run so that a value exists in backward, in order, itself last."""
+        missing: set[fx.Node] = set()
+        pending = [node]
+        while pending:
+            one = pending.pop()
+            if one in done or one in missing:
+                continue
+            if one in primals or (one not in self.backward and unit(one) in kept):
+                saved[one] = None
+                done.add(one)
+                continue
+            missing.add(one)
+            pending += one.all_input_nodes
+        done |= missing
+        return sorted(missing, key=self.position.__getitem__)
+
+
+@dataclass
+class Schedule:
+    """What runs in forward and in backward, in order, and what is kept in between.
+
+    Attributes:
+        joint: The graph.
+        forward: Operators.
+        backward: Operators, those that are computed again among them.
+        saved: Values that forward hands to backward, inputs included.
+        offloaded: Operators whose results lie on the host in between.
+    """
+
+    joint: Joint
+    forward: list[fx.Node]
+    backward: list[fx.Node]
+    saved: list[fx.Node]
+    offloaded: frozenset[fx.Node] = field(default_factory=frozenset)
+
+    @property
+    def recomputed(self) -> list[fx.Node]:
+        """Operators of forward that run again."""
+        first = set(self.forward)
+        return [node for node in self.backward if node in first]
+
+    def saved_storages(self) -> Storages:
+        """Return what is kept on the device."""
+        return self._storages(node for node in self.saved if unit(node) not in self.offloaded)
+
+    def host_storages(self) -> Storages:
+        """Return what is kept on the host."""
+        return self._storages(node for node in self.saved if unit(node) in self.offloaded)
+
+    def _storages(self, nodes: Iterator[fx.Node]) -> Storages:
+        made, resident = self.joint.memory.made, self.joint.resident
+        return {key: size for node in nodes for key, size in made[node].items() if key not in resident}
+
+    def peaks(self, collect: bool = False) -> tuple[Peak, Peak]:
+        """Return the peaks of forward and of backward, without parameters and inputs."""
+        joint, made = self.joint, self.joint.memory.made
+        saved = self.saved_storages()
+        outputs = {key: size for node in joint.outputs for key, size in made[node].items() if key not in joint.resident}
+        forward = joint.memory.walk(self.forward, {}, outputs.keys() | saved.keys(), joint.resident, collect)
+        grads = {key for node in joint.grads for key in made[node]}
+        tangents = {key: size for node in joint.tangents for key, size in made[node].items()}
+        start = {**outputs, **saved, **tangents}
+        backward = joint.memory.walk(self.backward, start, grads | outputs.keys(), joint.resident, collect)
+        return forward, backward
+
+
+def unit(node: fx.Node) -> fx.Node:
+    """Return the operator that computes a value: several results are kept or computed again together."""
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether running the operator twice gives two results."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "dropout_p" not in names:
+        return True
+    place = names.index("dropout_p")  # an attention kernel, which draws only then
+    given = node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+    return not (isinstance(given, float) and given == 0.0)
+
+
+def is_mutation(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def tensors_of(node: fx.Node) -> list[Any]:
+    return [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]

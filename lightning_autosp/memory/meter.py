@@ -1,0 +1,77 @@
+"""Counting the bytes of live tensors while operators run, on real and on fake ones."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["LiveBytes"]
+
+
+class LiveBytes(TorchDispatchMode):
+    """A dispatch mode that counts the bytes of the storages that operators under it make, until they are freed.
+
+    What a kernel allocates and frees within itself is not seen, nor is an allocator's rounding.
+
+    Attributes:
+        live: Bytes alive now.
+        peak: The most there were at once since the mode was made or `reset`.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        """Start at zero.
+
+        Args:
+            known: Tensors that are not to be counted: parameters, inputs.
+        """
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+        for tensor in known:
+            self._watch(tensor, counted=False)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let Dynamo compile what is called under the mode; operators of the compiled graphs are counted when they run."""
+        return True
+
+    def reset(self) -> None:
+        """Start over with what is alive."""
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf, counted=True)
+        return out
+
+    def _watch(self, tensor: Tensor, *, counted: bool) -> None:
+        if not _has_storage(tensor):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes() if counted else 0
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        # The Python object of a storage lives as long as the storage does.
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided

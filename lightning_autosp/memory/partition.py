@@ -1,0 +1,129 @@
+"""The partitioner that AOTAutograd and Inductor call: from a joint graph to forward and backward, by a policy and a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lightning_autosp import _compat
+from lightning_autosp.memory.costs import Roofline
+from lightning_autosp.memory.devices import format_bytes
+from lightning_autosp.memory.estimate import (
+    MemoryEstimate,
+    MemoryLimitError,
+    States,
+    estimate_forward,
+    estimate_training,
+)
+from lightning_autosp.memory.joint import Joint, unit
+from lightning_autosp.memory.policy import CheckpointPolicy, choose
+
+__all__ = ["MemoryOptions", "Partitioner"]
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """How memory is planned.
+
+    Attributes:
+        policy: Which values are kept for backward.
+        limit: Bytes a rank may take in all; `None`: any.
+        refuse: Whether a step that is predicted to take more is an error, or only reported.
+        roofline: What time is estimated by.
+        overhead: Bytes that are not the program's.
+        states: Gives what the rank holds besides, when a program is compiled.
+    """
+
+    policy: CheckpointPolicy
+    limit: int | None
+    refuse: bool
+    roofline: Roofline
+    overhead: int = 0
+    states: Callable[[], States] = States
+
+
+@dataclass
+class Partitioner:
+    """Divides the joint graph of one program, and estimates what it takes.
+
+    Attributes:
+        options: How.
+        states: What the rank holds besides, the program's inputs included.
+        parameters: Which inputs of the program are parameters, by number.
+        estimate: What was found; `None` before it was called.
+    """
+
+    options: MemoryOptions
+    states: States
+    parameters: Sequence[int]
+    estimate: MemoryEstimate | None = field(default=None, init=False)
+
+    @classmethod
+    def of(cls, options: MemoryOptions, inputs: Sequence[Tensor], parameters: Sequence[int]) -> Partitioner:
+        """Return the partitioner of a program that is about to be called with these inputs."""
+        of_parameters = set(parameters)
+        batch = sum(value.nbytes for index, value in enumerate(inputs) if index not in of_parameters)
+        states = options.states()
+        return cls(options, States(states.parameters, states.gradients, states.optimizer, states.optimizer_step, batch), parameters)
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        gm.graph = _compat.without_duplicates(gm.graph)
+        joint = Joint(gm.graph, num_fwd_outputs, self.parameters)
+        options["num_fwd_outputs"] = num_fwd_outputs
+        if not joint.backward or any(isinstance(node.meta.get("val"), torch.SymInt) for node in joint.nodes):
+            return _compat.min_cut(gm, joint_inputs, set(), **options)
+        default: set[fx.Node] = set()
+        if self.options.policy in ("none", "auto"):
+            again = joint.of_parameters - set(joint.primals)
+            _, backward = _compat.min_cut(gm, joint_inputs, again, **options)
+            names = {node.name for node in backward.graph.find_nodes(op="placeholder")}
+            default = {unit(node) for node in joint.nodes if node.name in names and node.op != "placeholder"}
+        chosen = self.options
+        limit = None if chosen.limit is None else chosen.limit - self.states.total - chosen.overhead
+        choice = choose(joint, chosen.policy, chosen.roofline, limit, default)
+        self.estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead)
+        self._refuse()
+        forward, backward = _compat.extract_forward_and_backward(gm, list(choice.schedule.saved), num_fwd_outputs)
+        return reorder(forward, choice.schedule.forward), reorder(backward, choice.schedule.backward)
+
+    def see(self, gm: fx.GraphModule) -> None:
+        """Estimate a graph without backward, which is not partitioned."""
+        if self.estimate is None:
+            self.estimate = estimate_forward(gm.graph, self.states, self.options.limit, self.options.overhead)
+            self._refuse()
+
+    def _refuse(self) -> None:
+        found = self.estimate
+        if found is None or found.fits or not self.options.refuse:
+            return
+        assert found.limit is not None
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.categories.items() if size)
+        raise MemoryLimitError(
+            f"The step is predicted to take {format_bytes(found.peak)} on a rank, and memory_limit is {format_bytes(found.limit)} "
+            f"(checkpoint_policy={self.options.policy!r}, {found.phase} at {found.where}: {parts}). Use more ranks, a shorter "
+            f"sequence, or a larger limit."
+        )
+
+
+def reorder(module: fx.GraphModule, order: Sequence[fx.Node]) -> fx.GraphModule:
+    """Return the module with these operators, by name, in this order.
+
+    What else it holds is left over: operators that draw random numbers, and collectives, are not taken for dead code.
+    """
+    place = {node.name: index for index, node in enumerate(order)}
+    nodes = list(module.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    rest = [node for node in nodes if node.op not in ("placeholder", "output") and node.name in place]
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in (*inputs, *sorted(rest, key=lambda node: place[node.name])):
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.node_copy(module.graph.output_node(), env.__getitem__)
+    graph.lint()
+    return fx.GraphModule(module, graph)
