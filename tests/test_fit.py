@@ -157,6 +157,16 @@ def test_one_device(pool: Pool) -> None:
     assert_same(fit(pool, "GPT", {}, 1), reference(pool, "GPT"))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_flash_attention(pool: Pool, backend: str) -> None:
+    run = fit(pool, "FlashGPT", {**FULL, "compile_backend": backend}, 2, num_samples=8)
+    assert_same(run, reference(pool, "FlashGPT", num_samples=8))
+    step = run["report"]["steps"][0]
+    assert [call["method"] for call in step["attention"]] == ["ulysses, flash_attn_func"] * 2
+    assert not step["in_full"]
+    assert not step["gathered"]
+
+
 def test_inductor(pool: Pool) -> None:
     run = fit(pool, "GPT", {**FULL, "compile_backend": "inductor"}, 2, num_samples=8)
     assert_same(run, reference(pool, "GPT", num_samples=8), digits=5)  # other kernels, other rounding

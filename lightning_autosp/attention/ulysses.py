@@ -15,7 +15,15 @@ from torch.nn import functional as F
 from lightning_autosp.attention.tiles import run_tiles
 from lightning_autosp.collectives import Group, all_to_all
 
-__all__ = ["heads_to_sequence", "sequence_to_heads", "ulysses_attention", "ulysses_tiles", "wire_elements"]
+__all__ = [
+    "exchanged",
+    "heads_to_sequence",
+    "own_heads",
+    "sequence_to_heads",
+    "ulysses_attention",
+    "ulysses_tiles",
+    "wire_elements",
+]
 
 
 def sequence_to_heads(x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
@@ -84,11 +92,11 @@ def ulysses_attention(
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         own = mask
         if mask is not None and mask.ndim > 2 and mask.shape[-3] != 1:
-            own = _own_heads(mask, mask.ndim - 3, group)
+            own = own_heads(mask, mask.ndim - 3, group)
         grouped = query.shape[-3] != key.shape[-3]
         return F.scaled_dot_product_attention(query, key, value, own, dropout, is_causal, scale=scale, enable_gqa=grouped)
 
-    return _exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
+    return exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
 
 
 def ulysses_tiles(
@@ -124,13 +132,13 @@ def ulysses_tiles(
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         values = (query, key, value, *others)
-        own = [values[i] if dim is None or i < 3 else _own_heads(values[i], dim, group) for i, dim in places]
+        own = [values[i] if dim is None or i < 3 else own_heads(values[i], dim, group) for i, dim in places]
         return run_tiles(handle, *seed, *own)
 
-    return _exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
+    return exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
 
 
-def _exchanged(
+def exchanged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -156,7 +164,7 @@ def _exchanged(
     return out.reshape(*leading, *out.shape[1:])
 
 
-def _own_heads(x: Tensor, dim: int, group: Group) -> Tensor:
+def own_heads(x: Tensor, dim: int, group: Group) -> Tensor:
     """Return this rank's heads of a whole tensor, heads padded with zeros to a multiple of the group's size."""
     own = -(-x.shape[dim] // group.size)
     missing = own * group.size - x.shape[dim]

@@ -19,6 +19,7 @@ from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
+from lightning_autosp.attention.flash import is_kept
 from lightning_autosp.compiler.flex import write_out_flex_attention
 from lightning_autosp.compiler.inline import inline_checkpoints, inline_vmaps
 from lightning_autosp.compiler.layout import as_expr
@@ -189,8 +190,8 @@ def _trace(
 class _Normalise(fx.Interpreter):
     """Runs Dynamo's graph for tracing, repetitions only once.
 
-    Higher-order operators (`autograd.Function`, `flex_attention`) are recorded whole: tracing into an `autograd.Function` would
-    record its forward and lose its backward.
+    Higher-order operators (`autograd.Function`, `flex_attention`) and functions of flash-attn are recorded whole: tracing into an
+    `autograd.Function` would record its forward and lose its backward.
     """
 
     def __init__(self, gm: fx.GraphModule, repeats: Sequence[Repeat]) -> None:
@@ -198,7 +199,7 @@ class _Normalise(fx.Interpreter):
         self.repetitions = Repetitions(repeats)
 
     def call_function(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
-        if isinstance(target, torch._ops.HigherOrderOperator):
+        if isinstance(target, torch._ops.HigherOrderOperator) or is_kept(target):
             return self._record(target, tuple(args), kwargs)
         return super().call_function(target, args, kwargs)  # type: ignore[arg-type]
 

@@ -19,6 +19,7 @@ from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
+from lightning_autosp.attention.flash import is_kept
 from lightning_autosp.compiler import rules
 from lightning_autosp.compiler.capture import Captured, is_size
 from lightning_autosp.compiler.layout import Layout, Span, span_of
@@ -226,9 +227,8 @@ def _cut_like(facts: Facts, node: fx.Node, wanted: Layout) -> Sharding | None:
 
 
 def _ask(facts: Facts, node: fx.Node) -> Sharding | None:
-    if not isinstance(node.target, (torch._ops.OpOverload, Region)) or not isinstance(
-        node.meta.get("val"), (torch.Tensor, list, tuple)
-    ):
+    known = isinstance(node.target, (torch._ops.OpOverload, Region)) or is_kept(node.target)
+    if not known or not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
         return None
     inputs = node.all_input_nodes
     if not facts.has_sequence(node) and not any(facts.has_sequence(one) or facts.layout(one) is not None for one in inputs):

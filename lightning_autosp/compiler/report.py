@@ -12,7 +12,10 @@ import sympy
 import torch
 from torch import fx
 
+from lightning_autosp.attention.flash import is_kept
 from lightning_autosp.compiler.regions import Region
+from lightning_autosp.compiler.rule import bound
+from lightning_autosp.compiler.written_out import SDPA
 
 if TYPE_CHECKING:
     from lightning_autosp.compiler.emit import Emitter, Program
@@ -95,7 +98,7 @@ class Crossing:
 
     @classmethod
     def of(cls, node: fx.Node, emitter: Emitter) -> Crossing:
-        return cls(str(node.target), user_line(node), _bytes(node, emitter))
+        return cls(_name(node), user_line(node), _bytes(node, emitter))
 
     def add_gather(self, reader: str) -> None:
         if reader not in self.gathers:
@@ -224,7 +227,7 @@ def _attention(node: fx.Node, sharding: Sharding, emitter: Emitter) -> Attention
         said = "" if target.proof is None else f"{target.proof.text}, " + ("kept whole" if kept else "computed in tiles")
         proven = not kept or (target.proof is not None and target.proof.kind != "unknown")
     else:
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        mask = bound(node)["attn_mask"] if node.target is SDPA else None
         kept, proven = [mask] if isinstance(mask, fx.Node) else [], False
         said = said or ("kept" if kept else "")
     return Attention(user_line(node), sharding.note, said, sum(_bytes(one, emitter) for one in kept), proven)
@@ -243,14 +246,19 @@ def _bytes(node: fx.Node, emitter: Emitter) -> int:
 
 def _whole(node: fx.Node, emitter: Emitter, reason: str) -> Whole:
     where = user_line(node)
-    return Whole(str(node.target), where, _source(where), _bytes(node, emitter), reason)
+    return Whole(_name(node), where, _source(where), _bytes(node, emitter), reason)
 
 
 def _reason(askers: list[fx.Node]) -> str:
     if all(asker.op == "output" for asker in askers):
         return "returned, logged or recorded by the step"
     asker = next(asker for asker in askers if asker.op != "output")
-    return f"wanted whole by {asker.target} at {user_line(asker)}"
+    return f"wanted whole by {_name(asker)} at {user_line(asker)}"
+
+
+def _name(node: fx.Node) -> str:
+    """Return how the report calls a node's operator."""
+    return node.target.__name__ if is_kept(node.target) else str(node.target)  # type: ignore[union-attr]
 
 
 class Report:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_autosp import _compat
+from lightning_autosp.attention.flash import keep_whole
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler import rules
 from lightning_autosp.compiler.backend import CompileBackend, OnGraph, Partition, compile_module
@@ -80,6 +81,9 @@ class Compiler:
     pieces: bool = False
     memory: MemoryOptions | None = None
     meter: LiveBytes | None = None
+
+    def __post_init__(self) -> None:
+        keep_whole()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from lightning_autosp.attention.flash import is_kept
 from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding
 from lightning_autosp.compiler.rules import (
@@ -51,7 +52,11 @@ _families: dict[Any, Rule] = {
 
 def find(facts: Facts, node: fx.Node) -> Sharding | None:
     """Return how to compute `node` from shards, or `None` if that is not known."""
-    rule = attention.region if isinstance(node.target, Region) else _families.get(node.target, generic)
+    rule = _families.get(node.target, generic)
+    if isinstance(node.target, Region):
+        rule = attention.region
+    elif is_kept(node.target):
+        rule = attention.flash
     if experts.takes_routed(facts, node):
         return experts.routed(facts, node, rule)
     return experts.route(facts, node) or rule(facts, node)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from lightning_autosp.attention.flash import HEADS, WHOLE, arguments, handle_of, ulysses_flash
 from lightning_autosp.attention.tiles import run_tiles
 from lightning_autosp.attention.ulysses import ulysses_attention, ulysses_tiles
+from lightning_autosp.compiler.capture import is_size
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.plan import Form
@@ -59,6 +61,36 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
         return em.call(ulysses_attention, (*parts, None if mask is None else em.get(mask, None), *options, *lengths))
 
     return Sharding(needs, layout, emit, kind="attention", note="ulysses", mask=node.meta.get("mask", ""))
+
+
+def flash(facts: Facts, node: fx.Node) -> Sharding | None:
+    """A function of flash-attn by Ulysses."""
+    given = arguments(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    inputs = {name: value for name, value in given.items() if name in HEADS}
+    others = {name: value for name, value in given.items() if name not in HEADS}
+    if any(isinstance(value, fx.Node) and not is_size(value) and name not in WHOLE for name, value in others.items()):
+        return None
+    query, *keys = inputs.values()
+    rows = 0 if any(name.startswith("cu_seqlens") for name in others) else 1
+    layout = facts.layout(query)
+    key_layout = facts.layout(keys[0]) if keys else layout
+    if layout is None or key_layout is None or not isinstance(node.meta["val"], torch.Tensor):
+        return None  # with weights
+    needs = {query: layout}
+    for key in keys:
+        fitted = facts.fit(key, rows, key_layout)
+        if fitted is None or needs.setdefault(key, fitted) != fitted:
+            return None
+    if any(one.dim != rows or one.merged for one in needs.values()):
+        return None
+
+    def emit(em: Emitter, n: fx.Node) -> fx.Node:
+        parts = {name: em.get(value, needs[value]) for name, value in inputs.items()}
+        whole = {name: em.value(value) for name, value in others.items()}
+        lengths = (em.lengths(layout), em.lengths(key_layout), em.group)
+        return em.call(ulysses_flash, (handle_of(n.target), parts, whole, *lengths))  # type: ignore[arg-type]
+
+    return Sharding(needs, layout, emit, kind="attention", note=f"ulysses, {node.target.__name__}")  # type: ignore[union-attr]
 
 
 def _given(node: fx.Node) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from lightning_autosp import collectives
+from lightning_autosp.attention.flash import arguments, is_kept
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Rule, bound
@@ -47,6 +48,8 @@ def is_random(node: fx.Node) -> bool:
         return bool(given["train"] and given["p"] != 0)
     if target is aten.scaled_dot_product_attention.default:
         return bool(bound(node)["dropout_p"] != 0)
+    if is_kept(target):
+        return bool(arguments(target, node.args, node.kwargs).get("dropout_p", 0.0) != 0)  # type: ignore[arg-type]
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
