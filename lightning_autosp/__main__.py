@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from lightning_autosp.check import CheckError, check_target
+from lightning_autosp.memory.devices import DEVICES
+from lightning_autosp.plan import plan_target
+from lightning_autosp.targets import TargetError
 
 __all__ = ["main"]
 
@@ -21,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lightning_autosp", description="Sequence parallelism for Lightning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_check(commands)
+    _add_plan(commands)
     arguments = vars(parser.parse_args(argv))
     return arguments.pop("run")(**arguments)
 
@@ -65,6 +69,44 @@ def _check(*, as_json: bool, **options: object) -> int:
         return 2
     print(json.dumps(result.to_dict(), indent=2) if as_json else result)  # noqa: T201
     return result.exit_code
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="predict what a step takes on devices that are not there",
+        description="Predict memory and time of a module's step for a number of ranks and a kind of device, on this machine's CPU "
+        "and without allocating parameters. Exit codes: 0 fits, 1 does not fit, 2 could not be planned.",
+    )
+    parser.add_argument("target", metavar="TARGET", help="as of check")
+    parser.add_argument("--world", type=int, required=True, metavar="P", help="ranks that share each sequence")
+    parser.add_argument("--device", metavar="KIND", help=f"one of {', '.join(DEVICES)} (default: h100)")
+    parser.add_argument("--device-memory", metavar="BYTES", help="what a rank may take, as 80GiB (default: the device's)")
+    parser.add_argument("--length", type=int, metavar="N", help="positions of the longest sequence (default: the batch's)")
+    parser.add_argument("--max-length", dest="longest", action="store_true", help="also find the longest sequence that fits")
+    parser.add_argument("--step", metavar="METHOD", help="the method to plan (default: training_step)")
+    parser.add_argument("--config", metavar="FILE", help="LightningCLI configuration with the arguments of the classes named")
+    parser.add_argument("--batch", metavar="NAME", help="where the batch is from, as of check")
+    parser.add_argument("--sequence-dim", type=int, metavar="D", help="as of check")
+    parser.add_argument("--precision", help="the Trainer's: 32-true, bf16-true, bf16-mixed, ... (default: the configuration's)")
+    parser.add_argument(
+        "--state-bytes", type=int, metavar="N", help="optimizer state for each parameter (default: what the optimizer makes)"
+    )
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the (last) plan as JSON")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(*, as_json: bool, **options: object) -> int:
+    try:
+        plans = plan_target(**options)  # type: ignore[arg-type]
+    except (TargetError, ValueError) as error:
+        if as_json:
+            print(json.dumps({"fits": False, "exit_code": 2, "error": str(error)}))  # noqa: T201
+        else:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    print(json.dumps(plans[-1].to_dict(), indent=2) if as_json else "\n\n".join(map(str, plans)))  # noqa: T201
+    return 0 if plans[-1].best[1].fits else 1
 
 
 if __name__ == "__main__":

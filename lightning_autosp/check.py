@@ -10,23 +10,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib
-import importlib.util
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -41,6 +34,7 @@ from lightning_autosp.compiler.simulate import run_ranks
 from lightning_autosp.compiler.specialise import Compiler, LoweredStep
 from lightning_autosp.data.agreement import batch_error
 from lightning_autosp.step import CompiledStep, batch_tensors
+from lightning_autosp.targets import STEP_LOADERS, TargetError, headline, load_target, step_arguments
 
 __all__ = ["CheckError", "CheckResult", "Comparison", "Probe", "RankParameters", "Run", "Simulation", "check", "check_target"]
 
@@ -53,7 +47,7 @@ TOLERANCES = {
 """By the coarsest dtype a step computes in, relative norms: of scalars, and of gradients and other tensors."""
 
 
-class CheckError(RuntimeError):
+class CheckError(TargetError):
     """The check cannot be made: says what was wrong and what to do."""
 
 
@@ -672,7 +666,7 @@ class _Check:
         try:
             return self.lowered.observe(*_copied(inputs))
         except Exception as error:  # noqa: BLE001 -- whatever it is, one device did not raise it
-            self.result.problems.append(f"the lowered step fails where one device does not: {_headline(error)}")
+            self.result.problems.append(f"the lowered step fails where one device does not: {headline(error)}")
             return None
 
     def _find_precision(self, run: Run) -> None:
@@ -703,7 +697,7 @@ class _Check:
             try:
                 one_after = self.one.observe(*_copied(changed))
             except Exception as error:  # noqa: BLE001 -- the user's code may refuse the changed token
-                self.result.skipped.append(f"token {position} changed: one device fails: {_headline(error)}")
+                self.result.skipped.append(f"token {position} changed: one device fails: {headline(error)}")
                 continue
             after = self._observe_lowered(changed)
             if after is None:
@@ -766,11 +760,6 @@ def _copied(inputs: Any) -> Any:
     return apply_to_collection(inputs, Tensor, _detached, allow_frozen=True)
 
 
-def _headline(error: BaseException) -> str:
-    error = getattr(error, "inner_exception", error)  # what torch.compile wraps
-    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-
-
 # The check.
 
 
@@ -824,7 +813,7 @@ def _check(
         one = _OneDevice(_copy(module, dtype, notes), method)
         lowered_module = _copy(module, dtype, [])
         try:
-            inputs = _arguments(one.module, method, batch, dtype)
+            inputs = step_arguments(one.module, method, batch, dtype)
             tensors = batch_tensors(inputs)
             unfit = batch_error(tensors, sequence_dim, num_ranks)
             if unfit is not None:
@@ -837,9 +826,9 @@ def _check(
             if dtype == torch.float64:
                 double_error = error
                 continue
-            raise CheckError(f"{_name(module, method)} fails on one device: {_headline(error)}") from error
+            raise CheckError(f"{_name(module, method)} fails on one device: {headline(error)}") from error
     if double_error is not None:
-        notes.append(f"not in float64, where one device fails: {_headline(double_error)}")
+        notes.append(f"not in float64, where one device fails: {headline(double_error)}")
     if all(name.startswith("buffer ") for name in want.values):
         raise CheckError(f"{_name(module, method)} returned and logged nothing on one device: there is nothing to compare.")
     lowered = _Lowered(lowered_module, method, num_ranks, sequence_dim)
@@ -872,7 +861,7 @@ def _method(module: Any, step: str) -> tuple[nn.Module, str]:
     if isinstance(module, nn.Module):
         if step in ("forward", "__call__") or (step == "training_step" and not hasattr(module, step)):
             return module, "__call__"
-        own = not isinstance(module, LightningModule) or step not in _LOADERS or is_overridden(step, module)
+        own = not isinstance(module, LightningModule) or step not in STEP_LOADERS or is_overridden(step, module)
         if not own or not callable(getattr(module, step, None)):
             raise CheckError(f"step={step!r}: {type(module).__name__} has no such method. Name one it has; 'forward' calls it.")
         return module, step
@@ -901,7 +890,7 @@ def _copy(module: nn.Module, dtype: torch.dtype, notes: list[str]) -> nn.Module:
     try:
         copied: nn.Module = copy.deepcopy(module).to("cpu", dtype)
     except Exception as error:
-        raise CheckError(f"{type(module).__name__} cannot be copied (copy.deepcopy): {_headline(error)}") from error
+        raise CheckError(f"{type(module).__name__} cannot be copied (copy.deepcopy): {headline(error)}") from error
     copied.zero_grad()
     silenced = sum(_without_dropout(one) for one in copied.modules())
     if silenced:
@@ -919,34 +908,6 @@ def _without_dropout(module: nn.Module) -> int:
                 setattr(owner, name, 0.0)
                 changed += 1
     return changed
-
-
-def _arguments(module: nn.Module, method: str, batch: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what the method is called with: as Lightning calls steps, floating tensors in `dtype`."""
-
-    def convert(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-
-    batch = apply_to_collection(batch, Tensor, convert, allow_frozen=True)
-    if not method.endswith("_step"):
-        if isinstance(batch, Mapping):
-            return (), dict(batch)
-        return (tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)), {}
-    if isinstance(module, LightningModule):
-        batch = module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), torch.device("cpu"))
-    takes_index = is_param_in_hook_signature(getattr(module, method), "batch_idx", min_args=2)
-    return ((batch, 0) if takes_index else (batch,)), {}
-
-
-# Modules and batches named on a command line.
-
-_LOADERS = {
-    "training_step": ("train_dataloader", "max_size_cycle", "fit"),
-    "validation_step": ("val_dataloader", "sequential", "validate"),
-    "test_step": ("test_dataloader", "sequential", "test"),
-    "predict_step": ("predict_dataloader", "sequential", "predict"),
-}
-"""For every step: the loader that feeds it, how Lightning combines several, the stage data is set up for."""
 
 
 def check_target(
@@ -979,170 +940,18 @@ def check_target(
     Raises:
         CheckError: If something that is named does not exist, or `check` raises it.
     """
-    is_config = target.endswith((".yaml", ".yml"))
-    if is_config and config is not None:
-        raise CheckError(
-            f"Two configurations, {target!r} and {config!r}. Name a module class as the target, or leave --config away."
+    try:
+        module, data, step, options = load_target(
+            target, batch=batch, config=config, step=step, sequence_dim=sequence_dim, length=length
         )
-    sections = _read_config(target if is_config else config)
-    options = _strategy_options(sections)
-    num_ranks = options.get("sequence_parallel_size", 2) if num_ranks is None else num_ranks
-    sequence_dim = options.get("sequence_dim", 1) if sequence_dim is None else sequence_dim
-    module = _made(None if is_config else _named_object(target), sections, "model", LightningModule, target)
-    if not isinstance(module, nn.Module):
-        raise CheckError(f"{target!r} gave a {type(module).__name__}. Name a module class or a function that returns a module.")
-    data, step = _find_batch(module, batch, sections, step)
-    if length is not None:
-        data = _shortened(data, length, sequence_dim)
+    except TargetError as error:
+        raise CheckError(str(error)) from error
     return check(
         module,
         data,
-        num_ranks=num_ranks,
+        num_ranks=options.get("sequence_parallel_size", 2) if num_ranks is None else num_ranks,
         step=step,
-        sequence_dim=sequence_dim,
+        sequence_dim=options.get("sequence_dim", 1) if sequence_dim is None else sequence_dim,
         rtol=rtol,
         strict=strict or bool(options.get("strict")),
     )
-
-
-def _named_object(text: str) -> Any:
-    place, _, name = text.rpartition(":")
-    if not place or not name:
-        raise CheckError(f"{text!r} names nothing. Use package.module:Name, path/to/file.py:Name or a LightningCLI file.yaml.")
-    try:
-        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:
-        raise CheckError(f"{text!r}: {place} cannot be imported: {_headline(error)}") from error
-    if not hasattr(module, name):
-        own = [
-            key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__
-        ]
-        raise CheckError(f"{text!r}: {place} has no {name!r}. It has: {', '.join(own) or 'nothing that can be called'}.")
-    return getattr(module, name)
-
-
-def _import_file(path: Path) -> Any:
-    """Import a file as running it would: its folder comes first on the path, so that it finds its neighbours."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None and Path(getattr(loaded, "__file__", None) or "") == path.resolve():
-        return loaded
-    sys.path.insert(0, str(path.resolve().parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _read_config(path: str | None) -> dict[str, Any]:
-    """Return a LightningCLI configuration's sections, those of `fit` where it has subcommands."""
-    if path is None:
-        return {}
-    try:
-        found = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise CheckError(f"{path!r} cannot be read as YAML: {_headline(error)}") from error
-    if isinstance(found, dict) and "model" not in found:
-        found = found.get("fit", found)
-    if not isinstance(found, dict) or "model" not in found:
-        raise CheckError(f"{path!r} has no 'model' section, so it is no LightningCLI configuration.")
-    return {**found, "": path}
-
-
-def _strategy_options(sections: Mapping[str, Any]) -> dict[str, Any]:
-    strategy = (sections.get("trainer") or {}).get("strategy")
-    if not isinstance(strategy, dict) or not str(strategy.get("class_path", "")).endswith("AutoSPStrategy"):
-        return {}
-    return {name: value for name, value in (strategy.get("init_args") or {}).items() if isinstance(value, int)}
-
-
-def _made(named: Any, sections: Mapping[str, Any], section: str, base: type, text: str) -> Any:
-    """Return an instance of what was named, with the arguments of a configuration's section; or of the section's own class."""
-    if isinstance(named, base):
-        return named
-    is_class = isinstance(named, type)
-    if named is not None and (section not in sections or not is_class):
-        try:
-            return named()
-        except Exception as error:
-            hint = (
-                f" Give its arguments in the {section!r} section of --config." if is_class and isinstance(error, TypeError) else ""
-            )
-            raise CheckError(f"{text!r}, called without arguments, raises {_headline(error)}.{hint}") from error
-    path, arguments = sections[""], sections[section]
-    if named is None and not (isinstance(arguments, str) or "class_path" in (arguments or {})):
-        example = "path/to/file.py:Name --config" if section == "model" else "--batch path/to/file.py:Name"
-        raise CheckError(f"{path!r}: {section!r} has no 'class_path', so its class is not known. Name it: {example} ...")
-    try:
-        from jsonargparse import ArgumentParser
-    except ImportError as error:
-        raise CheckError(f"{path!r}: reading it needs jsonargparse. pip install 'lightning-autosp[cli]'") from error
-    parser = ArgumentParser(exit_on_error=False)
-    if named is None:
-        parser.add_subclass_arguments(base, section)
-    else:
-        parser.add_class_arguments(named, section)
-    try:
-        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
-        return instantiate(parser.parse_object({section: arguments or {}}))[section]
-    except Exception as error:
-        raise CheckError(f"{path!r}: {section!r} gives no {getattr(named, '__name__', base.__name__)}: {error}") from error
-
-
-def _find_batch(module: nn.Module, named: str | None, sections: Mapping[str, Any], step: str | None) -> tuple[Any, str]:
-    """Return the first batch there is and the step it is for."""
-    kind = step or "training_step"
-    loader, mode, stage = _LOADERS.get(kind, _LOADERS["training_step"])
-    source: Any = _named_object(named) if named is not None else None
-    if named is not None and not (isinstance(source, type) and issubclass(source, LightningDataModule)):
-        try:
-            return source() if callable(source) else source, kind
-        except Exception as error:
-            raise CheckError(f"--batch {named!r}, called without arguments, raises {_headline(error)}.") from error
-    if named is not None or "data" in sections:
-        source = _made(source, sections, "data", LightningDataModule, f"--batch {named}")
-    elif isinstance(module, LightningModule) and is_overridden(loader, module):
-        source = module
-    elif getattr(module, "example_input_array", None) is not None:
-        # What `forward` takes: without a step being named, that is what is called.
-        return module.example_input_array, step or "forward"
-    else:
-        raise CheckError(
-            f"{type(module).__name__} has no {loader} and no example_input_array: there is no batch. Name a function that "
-            f"returns one, or a LightningDataModule: --batch package.module:name."
-        )
-    try:
-        source.prepare_data()
-        source.setup(stage)
-        combined = CombinedLoader(getattr(source, loader)(), mode)  # type: ignore[arg-type]
-        first = next(iter(combined), None)
-    except Exception as error:
-        raise CheckError(f"{type(source).__name__}.{loader} gives no batch: {_headline(error)}") from error
-    if first is None:
-        raise CheckError(f"{type(source).__name__}.{loader} is empty: there is no batch. Give it at least one sample.")
-    batch = first[0]
-    if isinstance(source, LightningDataModule):
-        batch = source.on_after_batch_transfer(source.on_before_batch_transfer(batch, 0), 0)
-    return batch, kind
-
-
-def _shortened(batch: Any, length: int, sequence_dim: int) -> Any:
-    """Cut every sequence to its first positions, and what has as many positions in further dimensions (a mask) alike."""
-    tensors = [tensor for tensor in batch_tensors(batch) if tensor.ndim > sequence_dim]
-    longest = max((tensor.shape[sequence_dim] for tensor in tensors), default=0)
-    if not 0 < length <= longest:
-        raise CheckError(f"--length {length}: the batch has {longest} position(s) in dimension {sequence_dim}. Use 1 to {longest}.")
-
-    def one(tensor: Tensor) -> Tensor:
-        if tensor.ndim <= sequence_dim:
-            return tensor
-        for dim, size in enumerate(tensor.shape):
-            if dim == sequence_dim or (dim != (sequence_dim == 0) and size == longest):
-                tensor = tensor.narrow(dim, 0, min(length, size))
-        return tensor
-
-    return apply_to_collection(batch, Tensor, one, allow_frozen=True)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_autosp.compiler.report import user_line
-from lightning_autosp.memory.costs import cost, is_collective
+from lightning_autosp.memory.costs import Roofline, cost, is_collective
 from lightning_autosp.memory.devices import format_bytes
 from lightning_autosp.memory.joint import Joint, Memory, Peak, Storages
 from lightning_autosp.memory.meter import LiveBytes
@@ -71,6 +71,7 @@ class MemoryEstimate:
         flops: Of forward and backward, without what is computed again.
         flops_again: Of what is computed again.
         seconds_again: What computing again costs on the stated roofline.
+        step_seconds: Of forward and backward on the same roofline, nothing overlapping.
         measured: Most bytes at once in a step that ran; 0 if not measured.
     """
 
@@ -85,6 +86,7 @@ class MemoryEstimate:
     flops: float = 0.0
     flops_again: float = 0.0
     seconds_again: float = 0.0
+    step_seconds: float = 0.0
     measured: int = 0
     tried: int = field(default=1, repr=False)
 
@@ -113,7 +115,9 @@ class MemoryEstimate:
         return rows
 
 
-def estimate_training(joint: Joint, choice: Choice, states: States, limit: int | None, overhead: int) -> MemoryEstimate:
+def estimate_training(
+    joint: Joint, choice: Choice, states: States, limit: int | None, overhead: int, roofline: Roofline
+) -> MemoryEstimate:
     """Return what a training step takes, its optimizer step included."""
     schedule = choice.schedule
     forward, backward = schedule.peaks(collect=True)
@@ -133,6 +137,7 @@ def estimate_training(joint: Joint, choice: Choice, states: States, limit: int |
         flops=sum(cost(node).flops for node in (*schedule.forward, *(n for n in schedule.backward if n in joint.backward))),
         flops_again=sum(cost(node).flops for node in schedule.recomputed),
         seconds_again=choice.seconds,
+        step_seconds=sum(roofline.seconds(cost(node)) for node in (*schedule.forward, *schedule.backward)),
         tried=choice.tried,
     )
     total_grads = sum(size for key, size in grads.items() if key not in joint.resident)

@@ -20,7 +20,7 @@ from lightning_autosp.memory.estimate import (
     estimate_training,
 )
 from lightning_autosp.memory.joint import Joint, unit
-from lightning_autosp.memory.policy import CheckpointPolicy, choose
+from lightning_autosp.memory.policy import CheckpointPolicy, Choice, choose
 
 __all__ = ["MemoryOptions", "Partitioner"]
 
@@ -73,24 +73,39 @@ class Partitioner:
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        gm.graph = _compat.without_duplicates(gm.graph)
-        joint = Joint(gm.graph, num_fwd_outputs, self.parameters)
+        joint = self.read(gm, num_fwd_outputs, self.parameters)
         options["num_fwd_outputs"] = num_fwd_outputs
         if not joint.backward or any(isinstance(node.meta.get("val"), torch.SymInt) for node in joint.nodes):
             return _compat.min_cut(gm, joint_inputs, set(), **options)
         default: set[fx.Node] = set()
         if self.options.policy in ("none", "auto"):
-            again = joint.of_parameters - set(joint.primals)
-            _, backward = _compat.min_cut(gm, joint_inputs, again, **options)
-            names = {node.name for node in backward.graph.find_nodes(op="placeholder")}
-            default = {unit(node) for node in joint.nodes if node.name in names and node.op != "placeholder"}
-        chosen = self.options
-        limit = None if chosen.limit is None else chosen.limit - self.states.total - chosen.overhead
-        choice = choose(joint, chosen.policy, chosen.roofline, limit, default)
-        self.estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead)
+            default = self.default(gm, joint, joint_inputs, **options)
+        choice = self.decide(joint, default)
         self._refuse()
         forward, backward = _compat.extract_forward_and_backward(gm, list(choice.schedule.saved), num_fwd_outputs)
         return reorder(forward, choice.schedule.forward), reorder(backward, choice.schedule.backward)
+
+    @staticmethod
+    def read(gm: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int]) -> Joint:
+        """Return what is known of a joint graph, which is rid of what it computes twice."""
+        gm.graph = _compat.without_duplicates(gm.graph)
+        return Joint(gm.graph, num_fwd_outputs, parameters)
+
+    @staticmethod
+    def default(gm: fx.GraphModule, joint: Joint, joint_inputs: Sequence[Any], **options: Any) -> set[fx.Node]:
+        """Return the operators whose results PyTorch's partitioner keeps, parameters that were gathered excepted."""
+        again = joint.of_parameters - set(joint.primals)
+        _, backward = _compat.min_cut(gm, joint_inputs, again, **options)
+        names = {node.name for node in backward.graph.find_nodes(op="placeholder")}
+        return {unit(node) for node in joint.nodes if node.name in names and node.op != "placeholder"}
+
+    def decide(self, joint: Joint, default: set[fx.Node]) -> Choice:
+        """Choose what is kept, and estimate it."""
+        chosen = self.options
+        limit = None if chosen.limit is None else chosen.limit - self.states.total - chosen.overhead
+        choice = choose(joint, chosen.policy, chosen.roofline, limit, default)
+        self.estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
+        return choice
 
     def see(self, gm: fx.GraphModule) -> None:
         """Estimate a graph without backward, which is not partitioned."""

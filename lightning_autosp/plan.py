@@ -1,0 +1,488 @@
+"""What a step would take on ranks that are not there: planned on one CPU, before anything is allocated.
+
+The step is traced once on a short batch. For any length its program is emitted as for the first of `world` ranks, differentiated on
+tensors without memory, and estimated by `memory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from lightning_autosp import _compat
+from lightning_autosp.collectives import Group, average_gradient, gather_parameter
+from lightning_autosp.compiler.report import Report
+from lightning_autosp.compiler.specialise import Compiler, LoweredStep
+from lightning_autosp.memory.devices import DeviceKind, device_kind, format_bytes, parse_bytes
+from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
+from lightning_autosp.memory.partition import MemoryOptions, Partitioner
+from lightning_autosp.step import CompiledStep
+from lightning_autosp.targets import TargetError, load_target, step_arguments
+
+__all__ = ["Plan", "PlanError", "Planner", "plan_target"]
+
+POLICIES = ("none", "attention", "full", "auto")
+EFFICIENCY = 0.5
+"""Of a data sheet's peaks that programs reach, where time is predicted."""
+
+
+class PlanError(TargetError):
+    """The step cannot be planned: says why and what to do."""
+
+
+@dataclass
+class Plan:
+    """What a step takes at one length.
+
+    Attributes:
+        length: Positions of the longest sequence.
+        world: Ranks, which share each sequence.
+        estimates: By checkpoint policy.
+        limit: Bytes a rank may take.
+    """
+
+    length: int
+    world: int
+    estimates: dict[str, MemoryEstimate]
+    limit: int
+
+    @property
+    def best(self) -> tuple[str, MemoryEstimate]:
+        """The fastest policy that fits; the one that takes least if none does."""
+        fitting = {name: one for name, one in self.estimates.items() if one.fits}
+        if fitting:
+            return min(fitting.items(), key=lambda pair: (pair[1].seconds_again, pair[1].peak))
+        return min(self.estimates.items(), key=lambda pair: pair[1].peak)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        policy, best = self.best
+        return {
+            "length": self.length,
+            "world": self.world,
+            "fits": best.fits,
+            "policy": policy,
+            "peak_bytes": best.peak,
+            "host_bytes": best.host,
+            "limit_bytes": self.limit,
+            "categories": best.categories,
+            "step_seconds": best.step_seconds,
+            "policies": {name: one.to_dict() for name, one in self.estimates.items()},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.length} positions on {self.world} rank(s), {format_bytes(self.limit)} each"]
+        head = f"{'policy':<11}{'peak':>12}{'fits':>6}{'kept':>12}{'host':>12}{'again':>8}{'step':>10}  where"
+        lines.append(head)
+        for name, one in self.estimates.items():
+            again = one.flops_again / one.flops if one.flops else 0.0
+            fits = "yes" if one.fits else "no"
+            lines.append(
+                f"{name:<11}{format_bytes(one.peak):>12}{fits:>6}{format_bytes(one.saved):>12}{format_bytes(one.host):>12}"
+                f"{again:>8.1%}{one.step_seconds:>9.2f}s  {one.phase} at {one.where}"
+            )
+        policy, best = self.best
+        lines.append(f"{policy}: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in best.categories.items() if size))
+        return "\n".join(lines)
+
+
+class _Captured(Exception):
+    """Ends tracing: the graph is there."""
+
+
+class _Divided(Exception):
+    """Ends compiling: the joint graph has been read."""
+
+
+@dataclass
+class _Capturing(Compiler):
+    """A Dynamo backend that keeps the graph and runs nothing."""
+
+    found: list[tuple[LoweredStep, dict[sympy.Symbol, int]]] = field(default_factory=list)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        step = super().__call__(gm, example_inputs)
+        assert isinstance(step, LoweredStep)
+        self.found.append((step, step.sizes(example_inputs)))
+        raise _Captured
+
+
+class _PlannedParameters:
+    """The parameters of a module as the first of several ranks would hold them, without memory."""
+
+    def __init__(self, module: nn.Module, group: Group, *, sharded: bool, dtype: torch.dtype | None) -> None:
+        self.group, self.sharded = group, sharded
+        self._slots = [
+            (submodule, key, parameter)
+            for submodule in module.modules()
+            for key, parameter in submodule._parameters.items()
+            if parameter is not None
+        ]
+        self.real = dict(module.named_parameters())
+        self.stand_ins = {name: _without_memory(parameter, dtype) for name, parameter in self.real.items()}
+        self._by_id = {id(parameter): self.stand_ins[name] for name, parameter in self.real.items()}
+        self._names = {id(parameter): name for name, parameter in self.stand_ins.items()}
+
+    def names(self) -> dict[int, str]:
+        return self._names
+
+    def enter(self, name: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        parameter = self.stand_ins[name]
+        if not self.sharded or parameter.ndim == 0:
+            return average_gradient, (self.group,)
+        return gather_parameter, (parameter.shape[0], self.group)
+
+    def held(self, name: str) -> Tensor:
+        return self.part(self.stand_ins[name])
+
+    def part(self, parameter: Tensor) -> Tensor:
+        """Return this rank's part of a parameter, on the meta device."""
+        shape = list(parameter.shape)
+        if self.sharded and shape:
+            shape[0] = -(-shape[0] // self.group.size)
+        return torch.empty(shape, dtype=parameter.dtype, device="meta", requires_grad=parameter.requires_grad)
+
+    @contextlib.contextmanager
+    def standing_in(self) -> Iterator[None]:
+        for submodule, key, parameter in self._slots:
+            submodule._parameters[key] = self._by_id[id(parameter)]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for submodule, key, parameter in self._slots:
+                submodule._parameters[key] = parameter
+
+    def whole(self) -> AbstractContextManager[None]:
+        raise PlanError("the step cannot be captured as one graph")
+
+    def without_stand_ins(self, tree: Any) -> Any:
+        return tree
+
+
+def _without_memory(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    chosen = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+    value = torch.empty(parameter.shape, dtype=chosen)  # nothing is written to it, so the system gives it no pages
+    value.untyped_storage().resize_(0)
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+class Planner:
+    """Plans one step of one module for a number of ranks; for any number of lengths."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batch: Any,
+        *,
+        world: int,
+        device: DeviceKind,
+        limit: int | None = None,
+        step: str = "training_step",
+        sequence_dim: int = 1,
+        precision: str | None = None,
+        sharded: bool = True,
+        optimizers: Sequence[Optimizer] | None = None,
+        state_bytes: int | None = None,
+    ) -> None:
+        """Trace the step.
+
+        Args:
+            module: A LightningModule; its parameters may be on the meta device. It stays as it is.
+            batch: One batch, real, of any length.
+            world: Ranks that share each sequence.
+            device: What each rank has.
+            limit: Bytes a rank may take. Default: the device's memory.
+            step: The method to plan.
+            sequence_dim: The dimension of batch tensors that is the sequence.
+            precision: The Trainer's: "32-true", "bf16-true", "16-true", "bf16-mixed" or "16-mixed". `None`: parameters as they are.
+            sharded: Whether parameters, gradients and optimizer state are sharded over the ranks.
+            optimizers: Default: what `configure_optimizers` returns.
+            state_bytes: Optimizer state, in bytes for each parameter; `None`: what the optimizer's own step makes.
+
+        Raises:
+            PlanError: If the step is not one graph, or has no dimension that could be followed.
+        """
+        self.module, self.world, self.device = module, world, device
+        self.limit = device.memory if limit is None else limit
+        self.group = Group("planned", world, 0)
+        dtype, self._autocast = _precision(precision)
+        self.parameters = _PlannedParameters(module, self.group, sharded=sharded and world > 1, dtype=dtype)
+        compiler = _Capturing(
+            mesh=_compat.mesh_without_group(max(world, 2)),
+            group=self.group,
+            backend="aot_eager",
+            report=Report(),
+            kind=step,
+            parameters=self.parameters,
+        )
+        compiled = CompiledStep(module, step, compiler, self.parameters, sequence_dim)  # type: ignore[arg-type]
+        arguments, options = step_arguments(module, step, batch, dtype)
+        try:
+            with self._computing(), _buffers_with_memory(module):
+                compiled(*arguments, **options)
+        except BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, _Captured):
+                raise
+        if not compiler.found:
+            raise PlanError(f"{type(module).__name__}.{step} is not captured as one graph, so it cannot be planned.")
+        self.lowered, self.sizes = compiler.found.pop()
+        if not self.lowered.captured.symbols:
+            raise PlanError(f"{type(module).__name__}.{step} fixes the sequence length, so other lengths cannot be planned.")
+        self._optimizers = self._find_optimizers() if optimizers is None else optimizers
+        self._state_bytes = state_bytes
+
+    def _computing(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", self._autocast) if self._autocast is not None else contextlib.nullcontext()
+
+    def _find_optimizers(self) -> Sequence[Optimizer]:
+        if not isinstance(self.module, LightningModule):
+            return []
+        with self.parameters.standing_in():
+            found: Any = self.module.configure_optimizers()
+        return [one for one in _leaves(found) if isinstance(one, Optimizer)]
+
+    def states(self) -> States:
+        """Return what a rank holds besides what a step takes."""
+        parts = [self.parameters.part(parameter) for parameter in self.parameters.stand_ins.values()]
+        found = [optimizer_memory(optimizer, self.parameters.part) for optimizer in self._optimizers]
+        state = sum(one for one, _ in found)
+        if self._state_bytes is not None:
+            state = self._state_bytes * sum(part.numel() for part in parts if part.requires_grad)
+        return States(
+            parameters=sum(part.nbytes for part in parts) + sum(buffer.nbytes for buffer in self.module.buffers()),
+            optimizer=state,
+            optimizer_step=max((step for _, step in found), default=0),
+        )
+
+    def at(self, length: int, policies: Sequence[str] = POLICIES) -> Plan:
+        """Return the plan for sequences of that length.
+
+        Args:
+            length: Positions of the longest sequence; others keep their ratio to it.
+            policies: Which to estimate.
+        """
+        sizes = self._sizes(length)
+        emitter, program = self.lowered.emit(sizes, self.group, self.parameters)
+        estimates: dict[str, MemoryEstimate] = {}
+        states = self.states()
+        with FakeTensorMode(allow_non_fake_inputs=True), self._computing():
+            inputs, parameters = [], []
+            for place, index in enumerate(program.inputs):
+                node = self.lowered.captured.placeholders[index]
+                value = node.meta["val"]
+                name = self.lowered.captured.parameters.get(node)
+                if name is None:
+                    shape: Sequence[int] = [emitter.integer(size) for size in emitter.facts.shape(node)]
+                else:
+                    shape, value = self.parameters.held(name).shape, self.parameters.held(name)
+                    parameters.append(place)
+                inputs.append(torch.empty(shape, dtype=value.dtype, requires_grad=value.requires_grad))
+            batch = sum(value.nbytes for place, value in enumerate(inputs) if place not in set(parameters))
+            states = replace(states, inputs=batch)
+
+            def divide(gm: fx.GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
+                estimates.update(self._estimates(gm, joint_inputs, states, parameters, policies, options))
+                raise _Divided
+
+            def forward_only(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+                partitioner = Partitioner(self._options("none"), states, parameters)
+                partitioner.see(gm)
+                assert partitioner.estimate is not None
+                estimates["none"] = partitioner.estimate
+                raise _Divided
+
+            from torch._dynamo.backends.common import aot_autograd
+
+            compiler = aot_autograd(fw_compiler=forward_only, bw_compiler=forward_only, partition_fn=divide)
+            with contextlib.suppress(_Divided):
+                compiler(program.module, inputs)
+        return Plan(length, self.world, estimates, self.limit)
+
+    def _options(self, policy: str) -> MemoryOptions:
+        return MemoryOptions(policy, self.limit, False, self.device.roofline, self.device.overhead)  # type: ignore[arg-type]
+
+    def _estimates(
+        self,
+        gm: fx.GraphModule,
+        joint_inputs: Sequence[Any],
+        states: States,
+        parameters: Sequence[int],
+        policies: Sequence[str],
+        options: Mapping[str, Any],
+    ) -> dict[str, MemoryEstimate]:
+        joint = Partitioner.read(gm, options["num_fwd_outputs"], parameters)
+        default = None
+        found = {}
+        for policy in policies:
+            partitioner = Partitioner(self._options(policy), states, parameters)
+            if default is None and policy in ("none", "auto"):
+                default = partitioner.default(gm, joint, joint_inputs, **options)
+            partitioner.decide(joint, default or set())
+            assert partitioner.estimate is not None
+            found[policy] = partitioner.estimate
+        return found
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest sequence of the batch."""
+        return max(size for symbol, size in self.sizes.items() if symbol in self.lowered.captured.symbols)
+
+    def _sizes(self, length: int) -> dict[sympy.Symbol, int]:
+        symbols = self.lowered.captured.symbols
+        return {
+            symbol: max(1, round(size * length / self.length)) if symbol in symbols else size for symbol, size in self.sizes.items()
+        }
+
+    def longest(self, policies: Sequence[str] = ("full",), *, granularity: float = 0.01) -> tuple[Plan, Plan | None]:
+        """Return the plan of the longest sequence that fits, and that of the shortest tried that does not.
+
+        Args:
+            policies: Which may be used.
+            granularity: How close the two lengths have to be, relatively.
+
+        Raises:
+            PlanError: If not even one position on each rank fits.
+        """
+        multiple = self.world * 128
+        fits: Plan | None = None
+        fails: Plan | None = None
+        length = multiple * 8
+        for _ in range(12):
+            plan = self.at(length, policies)
+            peak = plan.best[1].peak
+            if plan.best[1].fits:
+                fits = plan if fits is None or plan.length > fits.length else fits
+            else:
+                fails = plan if fails is None or plan.length < fails.length else fails
+            low, high = (fits.length if fits else 0), (fails.length if fails else math.inf)
+            if fits is not None and fails is not None and (high - low <= max(multiple, granularity * low)):
+                break
+            held = self.states().total + self.device.overhead
+            guess = length * max(0.1, (self.limit - held) / max(1, peak - held))  # memory grows with the length
+            if not low < guess < high:
+                guess = (low + high) / 2 if math.isfinite(high) else low * 2
+            length = max(multiple, round(guess / multiple) * multiple)
+            if length in (low, high):
+                length = int(low) + multiple if length == low else int(high) - multiple
+            if not low < length < high:
+                break
+        if fits is None:
+            assert fails is not None
+            raise PlanError(f"Not even {fails.length} positions fit {format_bytes(self.limit)} a rank.\n{fails}")
+        return fits, fails
+
+
+_DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _precision(name: str | int | None) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """Return what parameters are in, and what autocast computes in, for a Trainer's `precision`."""
+    if name is None:
+        return None, None
+    kind, _, how = str(name).partition("-")
+    if kind not in _DTYPES or how not in ("", "true", "mixed"):
+        raise PlanError(f"precision={name!r} cannot be planned. Use '32-true', 'bf16-true', '16-true', 'bf16-mixed' or '16-mixed'.")
+    if how == "mixed" or (how == "" and kind in ("16", "bf16")):
+        return torch.float32, _DTYPES[kind]
+    return _DTYPES[kind], None
+
+
+@contextlib.contextmanager
+def _buffers_with_memory(module: nn.Module) -> Iterator[None]:
+    """Give buffers on the meta device zeros: they are few, and the batch they meet is real."""
+    before = [
+        (submodule, name, buffer)
+        for submodule in module.modules()
+        for name, buffer in submodule._buffers.items()
+        if buffer is not None and buffer.is_meta
+    ]
+    for submodule, name, buffer in before:
+        submodule._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    try:
+        yield
+    finally:
+        for submodule, name, buffer in before:
+            submodule._buffers[name] = buffer
+
+
+def plan_target(
+    target: str,
+    *,
+    world: int,
+    device: str | None = None,
+    device_memory: str | None = None,
+    length: int | None = None,
+    longest: bool = False,
+    batch: str | None = None,
+    config: str | None = None,
+    step: str | None = None,
+    sequence_dim: int | None = None,
+    precision: str | None = None,
+    state_bytes: int | None = None,
+) -> list[Plan]:
+    """Plan a module that is named, as `targets.load_target` reads names.
+
+    Args:
+        target: A module or a LightningCLI configuration.
+        world: Ranks that share each sequence.
+        device: A device kind: see `memory.devices.DEVICES`. Default: "h100".
+        device_memory: Bytes a rank may take, as "80GiB". Default: the device's.
+        length: Positions to plan. Default: the batch's own.
+        longest: Also find the longest sequence that fits.
+        batch: Where a batch is from.
+        config: A configuration with arguments of the classes named.
+        step: The method. Default: "training_step".
+        sequence_dim: The dimension of batch tensors that is the sequence.
+        precision: As the Trainer's. Default: the configuration's.
+        state_bytes: Optimizer state in bytes for each parameter. Default: what the module's optimizers make.
+
+    Returns:
+        The plan of the length asked for, then, if `longest`, of the longest.
+
+    Raises:
+        PlanError: If the step cannot be planned.
+        TargetError: If something named does not exist.
+        ValueError: If the device or its memory is not known.
+    """
+    kind = device_kind(device or "h100")
+    limit = kind.memory if device_memory is None else parse_bytes(device_memory, "--device-memory")
+    if world < 1:
+        raise ValueError(f"world={world} is not known. Use a number of ranks, 1 or larger.")
+    module, data, step, options = load_target(
+        target, batch=batch, config=config, step=step, sequence_dim=sequence_dim, device="meta"
+    )
+    planner = Planner(
+        module,
+        data,
+        world=world,
+        device=kind,
+        limit=limit,
+        step=step,
+        sequence_dim=options.get("sequence_dim", 1) if sequence_dim is None else sequence_dim,
+        precision=precision or options["precision"],
+        state_bytes=state_bytes,
+    )
+    plans = [planner.at(length or planner.length)]
+    if longest:
+        plans.append(planner.longest()[0])
+    return plans
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, Mapping):
+        return [leaf for value in tree.values() for leaf in _leaves(value)]
+    if isinstance(tree, (list, tuple)):
+        return [leaf for value in tree for leaf in _leaves(value)]
+    return [tree]
