@@ -179,10 +179,18 @@ def flash_attn_varlen_func(
     return _Function.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, *window_size, softcap, alibi_slopes)
 
 
-def module() -> ModuleType:
-    """Return a package of these functions."""
+def _absent(*args: Any) -> Any:
+    raise NotImplementedError("nothing stands in for it")
+
+
+def packages() -> dict[str, ModuleType]:
+    """Return the package, by the names that `sys.modules` is to have, and what Transformers imports beside it."""
     package = ModuleType("flash_attn")
     package.__spec__ = ModuleSpec("flash_attn", None)  # what others look at to see whether it is installed
     for function in (flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_func):
         setattr(package, function.__name__, function)
-    return package
+    package.flash_attn_with_kvcache = _absent  # type: ignore[attr-defined]
+    package.__path__ = []
+    padding = ModuleType("flash_attn.bert_padding")
+    padding.pad_input = padding.unpad_input = _absent  # type: ignore[attr-defined]
+    return {one.__name__: one for one in (package, padding)}

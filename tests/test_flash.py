@@ -16,7 +16,8 @@ LENGTH, WIDTH = 13, 4
 
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", flash_stand_in.module())
+    for name, package in flash_stand_in.packages().items():
+        monkeypatch.setitem(sys.modules, name, package)
 
 
 class Net(nn.Module):
@@ -121,3 +122,32 @@ def test_weights_that_are_returned_are_computed_in_full() -> None:
     report = assert_exact(net, inputs(), net).report
     assert not report.attention
     assert any("flash_attn_func" in one.name for one in report.in_full)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_transformers_calls_it(documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`flash_attention_2`, which Transformers grants where there is a GPU; with documents as its flattening collator gives them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import modeling_flash_attention_utils as utils
+
+    monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda **options: True)
+    for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_process_flash_kwargs_fn"):
+        monkeypatch.setattr(utils, name, None)
+    sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).double()
+    model.config._attn_implementation = "flash_attention_2"
+
+    def step(ids: Tensor, positions: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        given = {}
+        if lengths is not None:
+            given = {"position_ids": positions, "cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
+            given |= {"max_length_q": 9, "max_length_k": 9}
+        return model(input_ids=ids, labels=ids, use_cache=False, **given).loss
+
+    batch = [torch.randint(0, 31, (1 if documents else 2, LENGTH))]
+    if documents:
+        batch += [torch.tensor([[*range(4), *range(9)]]), torch.tensor([0, 4, 13], dtype=torch.int32)]
+    report = assert_exact(step, batch, model, rtol=1e-5).report  # its loss is float32
+    assert [call.method for call in report.attention] == [f"ulysses, flash_attn_{'varlen_' if documents else ''}func"] * 2
+    assert not report.in_full
+    assert not report.gathered
