@@ -285,8 +285,76 @@ class Doubled(torch.autograd.Function):
         return grad * 7 * ctx.saved_tensors[0]
 
 
-def test_autograd_function_keeps_its_own_backward() -> None:
-    lowered = check(lambda n, x, i: n.head(Doubled.apply(x)).sum())
+class Centred(torch.autograd.Function):
+    """Elementwise forward, a backward that mixes positions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad - grad.mean(1, keepdim=True)
+
+
+class Reversed(torch.autograd.Function):
+    """A forward that mixes positions, an elementwise backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Scaled(torch.autograd.Function):
+    """A factor for each feature, whose gradient is a sum over positions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        return grad * scale, (grad * x).sum((0, 1))
+
+
+class Rounded(torch.autograd.Function):
+    """Two results, one of them not to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(y)
+        return x.round() * y, x > 0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+        (y,) = ctx.saved_tensors
+        return grad * y, grad.clone()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_elementwise_autograd_function_runs_on_parts(num_ranks: int) -> None:
+    """With its own backward."""
+
+    def compute(n: Net, x: Tensor, i: Tensor) -> Tensor:
+        y, positive = Rounded.apply(x, x.sin())
+        return n.head(Doubled.apply(x) + y.where(positive, 0)).sum()
+
+    report = check(compute, num_ranks=num_ranks).report
+    assert not report.in_full
+    assert not report.gathered
+
+
+@pytest.mark.parametrize(
+    "apply", [lambda n, x: Centred.apply(x), lambda n, x: Reversed.apply(x), lambda n, x: Scaled.apply(x, n.head.weight[0])]
+)
+def test_other_autograd_functions_run_in_full(apply: Any) -> None:
+    lowered = check(lambda n, x, i: n.head(apply(n, x)).sin().sum())
     assert lowered.report.in_full
 
 

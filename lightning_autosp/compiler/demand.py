@@ -227,7 +227,8 @@ def _cut_like(facts: Facts, node: fx.Node, wanted: Layout) -> Sharding | None:
 
 
 def _ask(facts: Facts, node: fx.Node) -> Sharding | None:
-    known = isinstance(node.target, (torch._ops.OpOverload, Region)) or is_kept(node.target)
+    kinds = (torch._ops.OpOverload, torch._ops.HigherOrderOperator, Region)
+    known = isinstance(node.target, kinds) or is_kept(node.target)
     if not known or not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
         return None
     inputs = node.all_input_nodes

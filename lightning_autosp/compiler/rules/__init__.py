@@ -17,6 +17,7 @@ from lightning_autosp.compiler.rules import (
     attention,
     experts,
     factories,
+    functions,
     indexing,
     lookups,
     loss,
@@ -36,6 +37,7 @@ __all__ = ["find"]
 _families: dict[Any, Rule] = {
     **views.RULES,
     **factories.RULES,
+    **functions.RULES,
     **indexing.RULES,
     **lookups.RULES,
     **reductions.RULES,
