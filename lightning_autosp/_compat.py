@@ -64,6 +64,7 @@ __all__ = [
     "node_of",
     "partitioner",
     "shape_replacements",
+    "size_guards",
     "to_fun",
     "track_tensor_tree",
     "without_duplicates",
@@ -150,6 +151,12 @@ def shape_replacements(fake_mode: Any) -> dict[Any, Any]:
     """Return the symbol equalities that tracing established (the labels' length is the ids' length)."""
     env = fake_mode.shape_env
     return dict(env.replacements) if env is not None else {}
+
+
+def size_guards(fake_mode: Any) -> list[Any]:
+    """Return what tracing found true of sizes, and what is checked of every input of the graph (`Eq(s//2, (s + 1)//2)`)."""
+    env = fake_mode.shape_env
+    return [guard.expr for guard in env.guards] if env is not None else []
 
 
 def mesh_without_group(num_ranks: int) -> DeviceMesh:

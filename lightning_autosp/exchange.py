@@ -6,16 +6,21 @@ What is sent is known on every rank from the lengths alone, so each exchange is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_autosp.collectives import Group, all_to_all
 
-__all__ = ["Range", "exchange", "fetch"]
+__all__ = ["Cut", "Range", "exchange", "fetch", "rearrange"]
 
 Range = tuple[int, int, int]
 """Positions `range(start, stop, step)`; a negative step goes backwards."""
+
+Cut = tuple[int, int, int, tuple[tuple[int, int], ...]]
+"""`(dim, outer, inner, bounds)`: dimension `dim` is `outer * positions * inner`, and `bounds` every rank's `(start, stop)`."""
 
 
 def _within(wanted: Range, low: int, high: int) -> range:
@@ -110,3 +115,31 @@ def exchange(
     sizes = [torch.Size(one).numel() for one in shapes]
     flat = all_to_all(torch.cat([part.reshape(-1) for part in parts]), sizes, [part.numel() for part in parts], group)
     return torch.cat([block.view(one) for block, one in zip(flat.split(sizes), shapes, strict=True)], dim=have)
+
+
+def rearrange(x: Tensor, have: Cut, want: Cut, group: Group) -> Tensor:
+    """Give up one part of a dimension for another: other positions of it, or those of something else that was merged into it.
+
+    Args:
+        x: This rank's part along `have`.
+        have: How `x` is cut.
+        want: How the result is cut: the same dimension, of the same size.
+        group: The group.
+
+    Returns:
+        This rank's part along `want`, contiguous.
+    """
+    holder, taker = _owners(have), _owners(want)
+    to, of = taker[holder == group.rank], holder[taker == group.rank]
+    sent, arriving = np.argsort(to, kind="stable"), np.argsort(of, kind="stable")
+    from_each, to_each = (np.bincount(owners, minlength=group.size).tolist() for owners in (of, to))
+    rows = x.movedim(have[0], 0)
+    received = all_to_all(rows[torch.tensor(sent, device=x.device)], from_each, to_each, group)
+    return received[torch.tensor(np.argsort(arriving), device=x.device)].movedim(0, have[0]).contiguous()
+
+
+def _owners(cut: Cut) -> np.ndarray[Any, Any]:
+    """Return the rank of every place of a dimension."""
+    _, outer, inner, bounds = cut
+    ranks = np.repeat(np.arange(len(bounds)), [stop - start for start, stop in bounds])
+    return np.tile(np.repeat(ranks, inner), outer)

@@ -57,6 +57,40 @@ def test_every_head_count(heads: int, kv_heads: int, ranks: int, is_causal: bool
     assert not report.in_full
 
 
+class InWindows(Attention):
+    """Attention within windows of four positions, as Swin has it."""
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        windows = x.view(x.shape[0], x.shape[1] // 4, 4, heads, WIDTH).flatten(0, 1)  # those of all samples
+        return windows.transpose(1, 2)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        lambda x: torch.arange(64).view(4, 4, 4).sin(),
+        lambda x: torch.arange(4).view(1, 4, 1).sin(),
+        lambda x: torch.ones(4, 4, dtype=torch.bool).tril(),
+    ],
+)
+def test_windows_attend_on_their_own(mask: Mask | None, ranks: int) -> None:
+    net = InWindows(mask=mask)
+    report = assert_exact(lambda x: net(x)[0], inputs(32), net, num_ranks=ranks).report
+    assert [call.method for call in report.attention] == ["each sample on its own"]
+    assert not report.gathered
+    assert not report.in_full
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_windows_with_a_mask_each(ranks: int) -> None:
+    net = InWindows(mask=lambda x: torch.arange(x.shape[0] * x.shape[1] * 4).view(-1, 1, 4, 4).sin())
+    report = assert_exact(lambda x: net(x)[0], inputs(32), net, num_ranks=ranks).report
+    assert not report.gathered
+    assert not report.in_full
+
+
 def test_scale() -> None:
     net = Attention(scale=0.3, is_causal=True)
     assert_exact(net, inputs(), net)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.layout import base_cuts
 from lightning_autosp.compiler.simulate import run_ranks
-from lightning_autosp.exchange import Range, exchange, fetch
+from lightning_autosp.exchange import Cut, Range, exchange, fetch, rearrange
 
 
 def bounds_of(length: int, ranks: int) -> list[tuple[int, int]]:
@@ -69,3 +69,27 @@ def test_exchange(have: int, want: int, ranks: int) -> None:
 
     for (start, stop), out in zip(second, run_ranks(ranks, work), strict=True):
         assert torch.equal(out, x.narrow(want, start, stop - start))
+
+
+@pytest.mark.parametrize(("have", "want"), [((1, 1), (5, 2)), ((5, 2), (1, 1)), ((2, 3), (6, 5)), ((3, 10), (3, 2))])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_rearrange(have: tuple[int, int], want: tuple[int, int], ranks: int) -> None:
+    x = torch.randn(2, 120, 3, dtype=torch.float64)
+
+    def cut(outer: int, inner: int) -> Cut:
+        return 1, outer, inner, tuple(bounds_of(120 // outer // inner, ranks))
+
+    def part(cut: Cut, rank: int) -> Tensor:
+        _, outer, inner, bounds = cut
+        return x.unflatten(1, (outer, -1, inner))[:, :, slice(*bounds[rank])].flatten(1, 3)
+
+    def work(rank: int) -> tuple[Tensor, Tensor]:
+        own = part(cut(*have), rank).clone().requires_grad_()
+        out = rearrange(own, cut(*have), cut(*want), Group("", ranks, rank))
+        out.sin().sum().backward()
+        assert own.grad is not None
+        return out, own.grad
+
+    for rank, (out, gradient) in enumerate(run_ranks(ranks, work)):
+        assert torch.equal(out, part(cut(*want), rank))
+        assert torch.equal(gradient, part(cut(*have), rank).cos())

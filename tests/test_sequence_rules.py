@@ -64,6 +64,7 @@ WINDOWS: dict[str, Callable[[], nn.Module]] = {
     "images_same": lambda: nn.Conv2d(B, 3, (3, 4), padding="same"),
     "mean_of_all": lambda: nn.AdaptiveAvgPool1d(1),
     "windows": lambda: Sliding(),
+    "columns": lambda: Columns(),
 }
 
 
@@ -76,6 +77,14 @@ class Causal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(self.inner(x)[..., : x.shape[-1]]) * x
+
+
+class Columns(nn.Module):
+    """ConvBERT's windows of an image one pixel wide."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = F.unfold(x.unsqueeze(-1), (5, 1), padding=(1, 0), stride=(2, 1), dilation=(1, 1))
+        return (windows.unflatten(1, (D, 5)) * torch.arange(1, 6).view(5, 1)).sum(2)
 
 
 class Sliding(nn.Module):
@@ -143,10 +152,10 @@ POSITIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "padded_by_more_than_a_part": lambda n, x: F.pad(x, (1, 0, 9, 0)),
     "cropped_by_more_than_a_part": lambda n, x: F.pad(x, (0, 0, -8, 1)),
     "chunks_and_back": lambda n, x: in_chunks(x, 2),
-    "first_overwritten": lambda n, x: overwritten(x, slice(0, 1), n.token * 2),
-    "one_overwritten": lambda n, x: overwritten(x, -5, n.token[0]),
-    "many_overwritten": lambda n, x: overwritten(x, slice(4, None), x[:, 2:-2].square()),
-    "few_scaled": lambda n, x: overwritten(x, slice(5, 9), x[:, 5:9] * 2),
+    "patches_merged": lambda n, x: merged_patches(x),
+    "tokens_before_rows_of_positions": lambda n, x: torch.cat(
+        [n.token.expand(B, 2, D), x.transpose(1, 2).flatten(1)[..., None].expand(-1, -1, D)], 1
+    ),
 }
 
 
@@ -155,6 +164,12 @@ def in_chunks(x: Tensor, size: int) -> Tensor:
     length = x.shape[1]
     chunks = F.pad(x, (0, 0, 0, -length % size)).view(B, -1, size, D)
     return chunks.softmax(2).reshape(B, -1, D)[:, :length] * x
+
+
+def merged_patches(x: Tensor) -> Tensor:
+    """Every second row beside the rows between, as Swin merges patches: both have half of the positions, `s // 2` of them each."""
+    even = F.pad(x, (0, 0, 0, x.shape[1] % 2))
+    return torch.cat([even[:, ::2], even[:, 1::2]], -1)
 
 
 def overwritten(x: Tensor, where: Any, new: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ functional, `no_grad` and autocast regions stay where they were, and every node 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
     keep_numbers_as_tensors(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     replacements = dict(_compat.shape_replacements(fake_mode))
-    replacements |= _sizes_said(traced.graph, replacements)
+    replacements |= _equal_quotients(_compat.size_guards(fake_mode), replacements)
 
     symbols: set[sympy.Symbol] = set()
     for value, example in zip(values, examples, strict=True):
@@ -142,18 +142,19 @@ def _refuse_sizes_of_data(captured: Captured) -> None:
             )
 
 
-def _sizes_said(graph: fx.Graph, replacements: Mapping[sympy.Expr, sympy.Expr]) -> dict[sympy.Expr, sympy.Expr]:
-    """Return the numbers that views were given for sizes which PyTorch only knows as quotients of others.
+def _equal_quotients(guards: Iterable[sympy.Expr], replacements: Mapping[sympy.Expr, sympy.Expr]) -> dict[sympy.Expr, sympy.Expr]:
+    """Return the quotients that tracing found equal to something simpler.
 
-    `x.view(B, -1, 4, D)` of `s` positions has `s // (s // 4)` for the 4, which looks like one more sequence.
+    `x.view(B, -1, 4, D)` of `s` positions has `s // (s // 4)` for the 4, which looks like one more sequence; every second position
+    from the first on are `(s + 1) // 2`, those from the second on `s // 2`.
     """
-    said: dict[sympy.Expr, sympy.Expr] = {}
-    for node in graph.nodes:
-        if node.target in (torch.ops.aten.view.default, torch.ops.aten.reshape.default):
-            for size, number in zip(node.meta["val"].shape, node.args[1], strict=True):
-                if isinstance(number, int) and number >= 0 and isinstance(size, torch.SymInt):
-                    said[as_expr(size, replacements)] = said[size.node.expr] = sympy.Integer(number)
-    return said
+    equal: dict[sympy.Expr, sympy.Expr] = {}
+    for guard in guards:
+        if isinstance(guard, sympy.Eq):
+            simple, quotient = sorted(guard.args, key=lambda side: (sympy.count_ops(side), str(side)))
+            if isinstance(quotient, sympy.Function):
+                equal[quotient] = equal[as_expr(quotient, replacements)] = simple
+    return equal
 
 
 def is_size(node: fx.Node) -> bool:

@@ -21,13 +21,9 @@ from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.capture import is_size
 from lightning_autosp.compiler.layout import Layout
 from lightning_autosp.compiler.plan import Form, Plan
-from lightning_autosp.exchange import Range, exchange, fetch
+from lightning_autosp.exchange import Cut, Range, exchange, fetch, rearrange
 
 __all__ = ["Emitter", "Program", "gather_layout", "slice_layout"]
-
-
-Cut = tuple[int, int, int, tuple[tuple[int, int], ...]]
-"""A layout in numbers: dim, outer, inner and every rank's `(start, stop)`."""
 
 
 @dataclass
@@ -85,19 +81,6 @@ def exchange_dims(x: Tensor, have: Cut, want: Cut, group: Group) -> Tensor:
     place = {first: first[0] + 1, second: second[0] + 3}
     out = exchange(split, place[have], have[3], place[want], want[3], group)
     return out.flatten(second[0] + 2, second[0] + 4).flatten(first[0], first[0] + 2).contiguous()
-
-
-def exchange_within(x: Tensor, have: Cut, want: Cut, group: Group) -> Tensor:
-    """`exchange_dims` for positions that were merged into one dimension, one of them within the other: heads behind a sequence."""
-    first, second = sorted((have, want), key=lambda cut: cut[1])
-    dim, outer, _, around = first
-    within = second[3]
-    apart = second[1] // (outer * around[-1][1])
-    # The dimension is `(outer, first's positions, apart, second's positions, second's inner)`.
-    sizes = [bounds[-1][1] if cut == want else -1 for cut, bounds in ((first, around), (second, within))]
-    split = x.unflatten(dim, (outer, sizes[0], apart, sizes[1], second[2]))
-    place = {first: dim + 1, second: dim + 3}
-    return exchange(split, place[have], have[3], place[want], want[3], group).flatten(dim, dim + 4).contiguous()
 
 
 class Emitter:
@@ -274,39 +257,29 @@ class Emitter:
             return
         assert not any(x is not None and x.routed for x in (form, *others)), f"{node} has only the form {form}, not {others}"
         if form is not None:
-            for other in list(others):
-                if other is not None and (form.dim != other.dim or self._same_outer(form, other) or self._nested(form, other)):
+            for other in others:
+                if other is not None:
                     self._env[(node, other)] = self._exchange(value, form, other)
-                    others.remove(other)
-            if not others:
-                return
-            lengths, dims = self.lengths(form), (form.dim, self.integer(form.outer), self.integer(form.inner))
-            value = self._env[(node, None)] = self.call(gather_layout, (value, *dims, lengths, self.group))
-            askers = [asker for other in others for asker in self.plan.demands[node][other]]
-            self._gathers.append((node, askers))
+            if None in others:
+                lengths, dims = self.lengths(form), (form.dim, self.integer(form.outer), self.integer(form.inner))
+                self._env[(node, None)] = self.call(gather_layout, (value, *dims, lengths, self.group))
+                self._gathers.append((node, self.plan.demands[node][None]))
+            return
         for other in others:
             if other is not None:
                 start, stop = self.bounds(other)[self.group.rank]
                 dims = (other.dim, self.integer(other.outer), self.integer(other.inner))
                 self._env[(node, other)] = self.call(slice_layout, (value, *dims, start, stop))
 
-    def _same_outer(self, one: Layout, other: Layout) -> bool:
-        return self.integer(one.outer) == self.integer(other.outer)
-
-    def _nested(self, one: Layout, other: Layout) -> bool:
-        """Whether the positions of one layout lie within those of the other, in a dimension that both were merged into."""
-        first, second = sorted((one, other), key=lambda layout: self.integer(layout.outer))
-        return self.integer(second.outer) % (self.integer(first.outer) * self.size(first)) == 0
-
     def _exchange(self, value: fx.Node, have: Layout, want: Layout) -> fx.Node:
         """Turn one part into another without making the whole."""
-        if have.dim != want.dim or not self._same_outer(have, want):
-            cuts = [(x.dim, self.integer(x.outer), self.integer(x.inner), self.bounds(x)) for x in (have, want)]
-            return self.call(exchange_dims if have.dim != want.dim else exchange_within, (value, *cuts, self.group))
-        if self.cuts(have) == self.cuts(want):
-            return value
-        wanted = tuple(((start, stop, 1),) for start, stop in self.cuts(want))
-        return self.call(fetch_layout, (value, have.dim, self.integer(have.outer), self.cuts(have), wanted, self.group))
+        if have.dim == want.dim and self.integer(have.outer) == self.integer(want.outer):
+            if self.cuts(have) == self.cuts(want):
+                return value
+            wanted = tuple(((start, stop, 1),) for start, stop in self.cuts(want))
+            return self.call(fetch_layout, (value, have.dim, self.integer(have.outer), self.cuts(have), wanted, self.group))
+        cuts = [(x.dim, self.integer(x.outer), self.integer(x.inner), self.bounds(x)) for x in (have, want)]
+        return self.call(exchange_dims if have.dim != want.dim else rearrange, (value, *cuts, self.group))
 
     def _map(self, value: Any, needs: Mapping[fx.Node, Form]) -> Any:
         def one(node: fx.Node) -> Any:

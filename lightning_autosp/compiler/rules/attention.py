@@ -16,6 +16,7 @@ from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.plan import Form
 from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
+from lightning_autosp.compiler.rules.generic import broadcast_needs
 from lightning_autosp.compiler.rules.views import VIEWS, through_view
 from lightning_autosp.compiler.tiling import attention_rows, row_layout, trace, write_tile
 from lightning_autosp.compiler.written_out import SDPA
@@ -31,6 +32,8 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
     query, key, value = (given[name] for name in ("query", "key", "value"))
     layout = facts.layout(query)
     rows = len(facts.shape(query)) - 2
+    if layout is not None and layout.dim < rows:
+        return None if isinstance(node.target, Region) else _by_sample(facts, given, layout)
     if layout is None or layout.dim != rows or layout.merged or rows == 0:
         return None
     if not (facts.has_sequence(key) or facts.has_sequence(value)):
@@ -196,6 +199,17 @@ def _emit_alone(em: Emitter, node: fx.Node, heads: Form, shape: list[int], needs
     program, inputs = write_tile(em, target, forms, shape, own)
     values = (em.get(node.args[index], needs.get(node.args[index])) for index, _ in inputs)  # type: ignore[arg-type]
     return em.call(run_tiles, (program.handle, *_seed(em, program.random), *values))
+
+
+def _by_sample(facts: Facts, given: dict[str, Any], layout: Layout) -> Sharding | None:
+    """A part of the samples (the windows of an image) or heads: each attends on its own."""
+    names = ("query", "key", "value", "attn_mask")
+    query, key, value, *_ = inputs = [given[name] for name in names if given[name] is not None]
+    batch = [facts.shape(x)[:-2] for x in (query, key, value)]
+    if any(one != batch[0] for one in batch):
+        return None
+    needs = broadcast_needs(facts, inputs, layout, len(facts.shape(query)) - layout.dim)
+    return None if needs is None else Sharding(needs, layout, kind="attention", note="each sample on its own")
 
 
 def _over_fixed_keys(facts: Facts, node: fx.Node, given: dict[str, Any], layout: Layout) -> Sharding | None:

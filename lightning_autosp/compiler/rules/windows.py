@@ -70,6 +70,7 @@ def _windows(
     fill: float = 0.0,
     crop: int = 0,
     padding: list[int] | None = None,
+    dim: int | None = None,
 ) -> Sharding | None:
     """Output position `i` is computed from input positions `[i * step - before, i * step - before + length)`.
 
@@ -83,9 +84,11 @@ def _windows(
         fill: Their value.
         crop: Output positions to leave out at either end, of an operator that cannot be told to do without padding.
         padding: What the operator is given for padding instead.
+        dim: The dimension of the output positions, if it is another than that of the input's.
     """
     source: Any = node.args[0]
-    out = facts.resized(layout, facts.shape(node)[layout.dim])
+    layout_out = layout if dim is None else layout.at(dim)
+    out = facts.resized(layout_out, facts.shape(node)[layout_out.dim])
     if out is None or layout.outer != 1:
         return None
 
@@ -185,6 +188,24 @@ def pooling(dims: int, fill: float) -> Rule:
     return rule
 
 
+def columns(facts: Facts, node: fx.Node) -> Sharding | None:
+    """`F.unfold`: the windows of an image behind each other, of an image of one row or column only."""
+    given, source = bound(node), node.args[0]
+    assert isinstance(source, fx.Node)
+    layout, shape = facts.layout(source), facts.shape(source)
+    axis = None if layout is None else layout.dim - len(shape) + 2
+    if layout is None or axis is None or len(shape) != 4:
+        return None
+    if axis < 0:
+        return Sharding({source: layout}, layout) if layout.dim == 0 else None
+    kernel, dilation, padding, step = (_listed(given[name], 2) for name in ("kernel_size", "dilation", "padding", "stride"))
+    other = 1 - axis
+    if shape[2 + other] + 2 * padding[other] != dilation[other] * (kernel[other] - 1) + 1:
+        return None  # more than one window side by side
+    extent = dilation[axis] * (kernel[axis] - 1)
+    return _windows(facts, node, layout, extent + 1, step[axis], padding[axis], padding=_without(padding, axis), dim=2)
+
+
 def mean_of_all(facts: Facts, node: fx.Node) -> Sharding | None:
     """`adaptive_avg_pool1d` to one position."""
     source: Any = node.args[0]
@@ -238,6 +259,7 @@ RULES: dict[Any, Rule] = {
     aten.avg_pool2d.default: pooling(2, 0.0),
     aten.max_pool2d.default: pooling(2, float("-inf")),
     aten.adaptive_avg_pool1d.default: mean_of_all,
+    aten.im2col.default: columns,
     aten.unfold.default: sliding,
     aten.diff.default: difference,
 }
