@@ -72,6 +72,18 @@ def test_two_ranks(pool: Pool, module: str, sharding: str) -> None:
     assert run["report"]["num_graphs"] == {"training_step": 1}
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("policy", ["attention", "full"])
+def test_checkpoint_policies(pool: Pool, policy: str, backend: str) -> None:
+    """What is computed again is what was computed, collectives included, and there is less in between than without."""
+    run = fit(pool, "HFLlama", {"checkpoint_policy": policy, "compile_backend": backend}, 2, length=128)
+    assert_same(run, reference(pool, "HFLlama", length=128), digits=6 if backend == "aot_eager" else 5)
+    memory = run["report"]["steps"][0]["memory"]
+    assert memory["policy"] == policy
+    assert memory["flops_again"] > 0
+    assert memory["peak"] > memory["saved"] > 0
+
+
 @pytest.mark.parametrize("length", [250, 257])
 @pytest.mark.parametrize("module", ["GPT", "HFLlama"])
 def test_any_length(pool: Pool, module: str, length: int) -> None:

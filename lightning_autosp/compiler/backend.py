@@ -62,8 +62,21 @@ def compile_module(
         metered._boxed_call = True  # type: ignore[attr-defined]
         return metered
 
-    compiler = aot_autograd(fw_compiler=eager, bw_compiler=eager, partition_fn=partition or _compat.min_cut_partition)
+    compiler = aot_autograd(
+        fw_compiler=eager,
+        bw_compiler=eager,
+        partition_fn=partition or _compat.min_cut_partition,
+        decompositions={torch.ops.aten.native_dropout.default: _dropout},
+    )
     return compiler(module, list(inputs))
+
+
+def _dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """Dropout as the CPU's kernel computes it, so that its mask alone need be kept: a byte for an element."""
+    if x.device.type != "cpu" or not train or not 0 < p < 1:
+        return NotImplemented
+    mask = torch.bernoulli(torch.empty_like(x, dtype=torch.bool), 1 - p)
+    return x * mask * (1 / (1 - p)), mask
 
 
 def _inductor(

@@ -65,8 +65,12 @@ class Memory:
         """Those of its inputs and its own."""
         self.workspace: dict[fx.Node, int] = {}
         self.items: dict[fx.Node, list[fx.Node]] = {}
+        same: dict[int, int] = {}
         for node in nodes:
-            self.made[node] = storages(node)
+            if node.target is torch.ops._c10d_functional.wait_tensor.default:
+                # It returns what it waits for, though its fake result has a storage of its own.
+                same.update(zip(storages(node), self.made[node.all_input_nodes[0]], strict=True))
+            self.made[node] = {same.get(key, key): size for key, size in storages(node).items()}
             keys = dict.fromkeys(key for source in (*node.all_input_nodes, node) for key in self.made[source])
             self.used[node] = tuple(keys)
             self.workspace[node] = workspace_bytes(node)

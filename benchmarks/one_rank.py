@@ -1,0 +1,111 @@
+"""The program of the first of several ranks, run on one device: real kernels and real memory, nothing is sent.
+
+torch's `fake` process group answers collectives with values of the right shape: what is computed is meaningless, what it takes
+is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lightning_autosp.compiler.report import Report
+from lightning_autosp.compiler.specialise import Compiler
+from lightning_autosp.memory.devices import device_of
+from lightning_autosp.memory.estimate import MemoryEstimate, States
+from lightning_autosp.memory.meter import LiveBytes
+from lightning_autosp.memory.partition import MemoryOptions
+from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh
+from lightning_autosp.parameters import ModuleParameters
+from lightning_autosp.step import CompiledStep, batch_tensors
+
+
+@contextlib.contextmanager
+def fake_ranks(world: int) -> Iterator[ParallelMesh]:
+    """Make this process the first of `world` ranks that share a sequence."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield ParallelMesh.create("cpu", 1, world)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass
+class Measured:
+    """One training step of one rank.
+
+    Attributes:
+        estimate: What was predicted.
+        saved: Bytes alive between forward and backward, without parameters and inputs.
+        peak: Most bytes alive at once, likewise.
+        loss: What the step returned.
+    """
+
+    estimate: MemoryEstimate
+    saved: int
+    peak: int
+    loss: Tensor
+
+    @property
+    def predicted_peak(self) -> int:
+        """The prediction of `peak`: the estimate's, without what is held whatever the step does."""
+        categories = self.estimate.categories
+        return self.estimate.peak - sum(categories[name] for name in ("parameters", "optimizer", "inputs", "overhead"))
+
+
+def measure_step(
+    module: LightningModule, batch: Any, mesh: ParallelMesh, policy: str, limit: int | None = None, sequence_dim: int = 1
+) -> Measured:
+    """Run one training step of the first rank, forward and backward, and count.
+
+    Args:
+        module: Left with the gradients of its part.
+        batch: Whole.
+        mesh: Of the ranks.
+        policy: A checkpoint policy.
+        limit: Bytes that the step may take besides parameters, optimizer and inputs.
+        sequence_dim: The dimension of batch tensors that is the sequence.
+    """
+    torch._dynamo.reset()
+    device = device_of(torch.device("cpu"))
+    inputs = sum(tensor.nbytes for tensor in batch_tensors(batch))
+    ranks = mesh.sequence_size
+    parameters = ModuleParameters(module, mesh.flat, mesh.all_ranks(), sharded=ranks > 1)
+    known = [parameters.held(name) for name in parameters.names().values()]
+    meter = LiveBytes([*known, *batch_tensors(batch), *module.buffers()])
+    report = Report()
+    options = MemoryOptions(
+        policy,  # type: ignore[arg-type]
+        None if limit is None else limit + inputs,
+        False,
+        device.roofline,
+        0,
+        States,
+    )
+    compiler = Compiler(
+        mesh=mesh.mesh[SEQUENCE_AXIS],
+        group=mesh.sequence(),
+        backend="aot_eager",
+        report=report,
+        kind="",
+        memory=options,
+        meter=meter,
+    )
+    step = CompiledStep(module, "training_step", compiler, parameters, sequence_dim)
+    gc.collect()
+    loss = step(batch, 0)
+    loss = loss["loss"] if isinstance(loss, dict) else loss
+    saved = meter.live - loss.untyped_storage().nbytes()
+    loss.backward()
+    estimate = report.steps[-1].memory
+    assert estimate is not None
+    return Measured(estimate, saved, meter.peak, loss.detach())

@@ -1,0 +1,372 @@
+"""What is predicted against what is counted; policies against one device and against every other choice."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from lightning_autosp import AutoSPStrategy
+from lightning_autosp.memory.costs import Roofline
+from lightning_autosp.memory.devices import device_kind, limit_bytes, parse_bytes
+from lightning_autosp.memory.estimate import MemoryLimitError, optimizer_memory
+from lightning_autosp.memory.joint import Joint
+from lightning_autosp.memory.meter import LiveBytes
+from lightning_autosp.memory.partition import MemoryOptions, Partitioner
+from lightning_autosp.memory.policy import Recomputation, candidates, choose, evaluate, keep_for
+from lightning_autosp.plan import PlanError, Planner, plan_target
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from one_rank import fake_ranks, measure_step
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+}
+ROOFLINE = Roofline(1e12, 1e11, 1e10, 1e10)
+
+
+class LanguageModel(LightningModule):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(input_ids=batch["ids"], labels=batch["ids"]).loss
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+def make(name: str, **options: Any) -> LanguageModel:
+    sizes = {**SIZES, **options}
+    torch.manual_seed(0)
+    if name == "bert":
+        return LanguageModel(BertForMaskedLM(BertConfig(**sizes, attention_probs_dropout_prob=0.0)))
+    grouped = {**sizes, "num_key_value_heads": 2}
+    if name == "mistral":
+        return LanguageModel(MistralForCausalLM(MistralConfig(**grouped, sliding_window=32)))
+    if name == "mixtral":
+        return LanguageModel(MixtralForCausalLM(MixtralConfig(**grouped, num_local_experts=4)))
+    return LanguageModel(LlamaForCausalLM(LlamaConfig(**grouped)))
+
+
+def batch_of(length: int) -> dict[str, Tensor]:
+    return {"ids": torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(0))}
+
+
+class TestMeter:
+    def test_counts_what_is_alive(self) -> None:
+        with LiveBytes() as meter:
+            x = torch.zeros(1000)
+            y = x + 1
+            view = y.view(10, 100)
+            assert (meter.live, meter.peak) == (8000, 8000)
+            del x, y
+            assert meter.live == 4000
+            del view
+            assert (meter.live, meter.peak) == (0, 8000)
+
+    def test_leaves_out_what_is_known(self) -> None:
+        x = torch.zeros(1000)
+        with LiveBytes([x]) as meter:
+            x.add_(1)
+            assert meter.live == 0
+
+
+@pytest.mark.parametrize(
+    ("world", "name", "policy", "length"),
+    [
+        (1, "llama", "none", 128),
+        (1, "mixtral", "attention", 96),
+        (1, "bert", "full", 128),
+        (2, "llama", "none", 128),
+        (2, "mistral", "attention", 100),
+        (4, "llama", "full", 128),
+        (4, "bert", "none", 130),
+    ],
+)
+def test_prediction_is_what_is_counted(world: int, name: str, policy: str, length: int) -> None:
+    with fake_ranks(world) as mesh:
+        found = measure_step(make(name), batch_of(length), mesh, policy)
+    assert found.estimate.policy == policy
+    assert found.estimate.saved == pytest.approx(found.saved, rel=0.01)
+    assert found.predicted_peak == pytest.approx(found.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("policy", ["none", "attention", "full", "auto"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_policies_are_exact(name: str, policy: str) -> None:
+    """One rank, so that nothing but the policy differs; dropout draws what it draws without one."""
+    module = make(name)
+    reference = copy.deepcopy(module)
+    batch = batch_of(96)
+    torch.manual_seed(1)
+    expected = reference.training_step(batch, 0)
+    expected.backward()
+    torch.manual_seed(1)
+    with fake_ranks(1) as mesh:
+        found = measure_step(module, batch, mesh, policy, limit=2**20 if policy == "auto" else None)
+    torch.testing.assert_close(found.loss, expected.detach(), rtol=1e-6, atol=0)
+    for (key, one), other in zip(reference.named_parameters(), module.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        error = float((one.grad - other.grad).norm())
+        assert error <= 1e-5 * float(one.grad.norm()) + 1e-8, key
+
+
+# Choosing.
+
+
+class Chain(nn.Module):
+    """Few enough operators to try every choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
+
+
+class _Divided(Exception):
+    pass
+
+
+def joint_of(module: nn.Module, *inputs: Tensor) -> tuple[Joint, set[Any]]:
+    """Return the joint graph of a module and what PyTorch's partitioner keeps."""
+    found: list[tuple[Joint, set[Any]]] = []
+
+    def divide(gm: torch.fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        joint = Partitioner.read(gm, options["num_fwd_outputs"], range(len(list(module.parameters()))))
+        found.append((joint, Partitioner.default(gm, joint, joint_inputs, **options)))
+        raise _Divided
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    names = [name for name, _ in module.named_parameters()]
+    count = len(names)
+
+    def functional(*values: Tensor) -> tuple[Tensor]:
+        return (torch.func.functional_call(module, dict(zip(names, values[:count], strict=True)), values[count:]),)
+
+    leaves = [parameter.detach().requires_grad_() for parameter in module.parameters()]
+    traced = torch.fx.experimental.proxy_tensor.make_fx(functional, tracing_mode="real", pre_dispatch=True)(*leaves, *inputs)
+    with pytest.raises(_Divided):
+        aot_autograd(fw_compiler=lambda g, i: g, bw_compiler=lambda g, i: g, partition_fn=divide)(traced, [*leaves, *inputs])
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def chain() -> tuple[Joint, set[Any]]:
+    return joint_of(Chain(), torch.randn(64, 32))
+
+
+def test_auto_is_as_good_as_every_choice(chain: tuple[Joint, set[Any]]) -> None:
+    joint, default = chain
+    again = Recomputation(joint, ROOFLINE)
+    base = keep_for(joint, "full")
+    found = candidates(joint, again, base)
+    assert 3 <= len(found) <= 10
+    every = [
+        evaluate(joint, "", base | set(subset), again, None)
+        for size in range(len(found) + 1)
+        for subset in itertools.combinations(found, size)
+    ]
+    named = [choose(joint, policy, ROOFLINE, None, default) for policy in ("none", "full", "attention")]
+    smallest = min(one.peak for one in every)
+    for limit in (smallest, smallest + 4096, smallest + 12288, smallest + 2**20):
+        chosen = choose(joint, "auto", ROOFLINE, limit, default)
+        assert chosen.fits
+        assert chosen.peak <= limit
+        assert chosen.seconds == pytest.approx(min(one.seconds for one in (*every, *named) if one.peak <= limit))
+
+
+def test_auto_says_that_nothing_fits(chain: tuple[Joint, set[Any]]) -> None:
+    joint, default = chain
+    chosen = choose(joint, "auto", ROOFLINE, 1000, default)
+    assert not chosen.fits
+    assert chosen.peak == min(choose(joint, policy, ROOFLINE, None, default).peak for policy in ("none", "full", "attention"))
+
+
+def test_auto_spends_what_it_is_given() -> None:
+    """Less memory, more computing again, never more than the limit."""
+    counted = []
+    with fake_ranks(1) as mesh:
+        most = measure_step(make("llama", num_hidden_layers=4), batch_of(128), mesh, "none")
+        least = measure_step(make("llama", num_hidden_layers=4), batch_of(128), mesh, "full")
+        assert least.peak < most.peak
+        for share in (1.0, 0.6, 0.3):
+            limit = int(least.peak + share * (most.peak - least.peak))
+            found = measure_step(make("llama", num_hidden_layers=4), batch_of(128), mesh, "auto", limit)
+            assert found.peak <= limit
+            counted.append(found.estimate.seconds_again)
+    assert counted == sorted(counted)
+    assert counted[-1] < least.estimate.seconds_again
+
+
+def test_what_is_kept_a_token_and_layer() -> None:
+    """Of a Llama-3.1-8B layer on one rank: its input; with "attention" also attention's result and log-sum-exp."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 1024}
+
+    def kept(layers: int) -> dict[str, int]:
+        with torch.device("meta"):
+            module = make("llama", **sizes, num_hidden_layers=layers)
+        planner = Planner(module, batch_of(256), world=1, device=device_kind("h200"), precision="bf16-true")
+        return {name: one.saved for name, one in planner.at(8192, ("attention", "full")).estimates.items()}
+
+    two, three = kept(2), kept(3)
+    hidden, log_sum_exp = 4096 * 2, 32 * 4
+    assert (three["full"] - two["full"]) / 8192 == pytest.approx(hidden, rel=0.02)
+    assert (three["attention"] - two["attention"]) / 8192 == pytest.approx(2 * hidden + log_sum_exp, rel=0.02)
+
+
+def test_parameters_are_gathered_again() -> None:
+    """Whole parameters are not among what is kept, whatever the policy."""
+    with fake_ranks(4) as mesh:
+        module = make("llama", vocab_size=4096)
+        found = measure_step(module, batch_of(64), mesh, "none")
+    assert found.saved < 4096 * 64 * 4 / 2
+
+
+# Optimizers, limits.
+
+
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.AdamW(p),
+        lambda p: torch.optim.AdamW(p, foreach=True),
+        lambda p: torch.optim.Adafactor(p),
+        lambda p: torch.optim.RMSprop(p),
+    ],
+)
+def test_optimizers_take_what_is_predicted(make_optimizer: Any) -> None:
+    module = nn.Linear(100, 50)
+    optimizer = make_optimizer(module.parameters())
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    predicted = optimizer_memory(optimizer, lambda parameter: parameter)
+    assert not optimizer.state
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes([*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]) as meter:
+        optimizer.step()
+        state = meter.live
+        meter.reset()
+        optimizer.step()
+    assert predicted == (state, meter.peak - state)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 * 2**30), ("96 GB", 96 * 10**9), ("1.5KiB", 1536), (123, 123), ("512mib", 2**29)]
+)
+def test_bytes(text: Any, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["80 apples", "", "-1GiB", 0, -5, True, None])
+def test_no_bytes(text: Any) -> None:
+    with pytest.raises(ValueError, match="memory_limit"):
+        parse_bytes(text)
+
+
+def test_fractions() -> None:
+    assert limit_bytes(0.5, 1000) == 500
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        limit_bytes(1.5, 1000)
+
+
+@pytest.mark.parametrize("options", [{"memory_limit": "much"}, {"memory_limit": 2.0}, {"checkpoint_policy": "some"}])
+def test_options_that_are_not_known(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        AutoSPStrategy(**options)
+
+
+def test_a_step_that_does_not_fit_is_refused_before_it_runs(chain: tuple[Joint, set[Any]]) -> None:
+    joint, default = chain
+    from lightning_autosp.memory.estimate import States
+
+    options = MemoryOptions("auto", 20_000, True, ROOFLINE)
+    partitioner = Partitioner(options, States(parameters=10_000), [])
+    partitioner.decide(joint, default)
+    with pytest.raises(MemoryLimitError, match=r"predicted to take .* memory_limit is 19\.5 KiB .*parameters 9\.8 KiB"):
+        partitioner._refuse()
+
+
+# Plans.
+
+
+class TestPlan:
+    def planner(self, **options: Any) -> Planner:
+        with torch.device("meta"):
+            module = make("llama")
+        arguments: dict[str, Any] = {"world": 4, "device": device_kind("h100"), **options}
+        return Planner(module, batch_of(64), **arguments)
+
+    def test_is_what_a_rank_takes(self) -> None:
+        plan = self.planner().at(256)
+        with fake_ranks(4) as mesh:
+            found = measure_step(make("llama"), batch_of(256), mesh, "full")
+        estimate = plan.estimates["full"]
+        parts = ("gradients", "saved", "gathered", "collectives", "transient", "workspace")
+        assert sum(estimate.categories[name] for name in parts) == found.peak
+        assert estimate.saved == found.saved
+        parameters = sum(-(-p.shape[0] // 4) * p[0].numel() * 4 for p in make("llama").parameters())
+        assert estimate.categories["optimizer"] == pytest.approx(2 * parameters, rel=0.01)
+
+    def test_longest(self) -> None:
+        fits, fails = self.planner(limit=3 * 2**30).longest()
+        assert fits.best[1].fits
+        assert fails is not None
+        assert not fails.best[1].fits
+        assert fails.length - fits.length <= max(4 * 128, 0.01 * fits.length)
+
+    def test_json_has_what_scripts_want(self) -> None:
+        found = self.planner().at(64).to_dict()
+        assert {"length", "fits", "policy", "peak_bytes", "host_bytes", "categories", "step_seconds"} <= found.keys()
+
+    def test_nothing_fits(self) -> None:
+        with pytest.raises(PlanError, match="Not even"):
+            self.planner(limit=2**20).longest()
+
+    def test_unknown_device(self) -> None:
+        with pytest.raises(ValueError, match=r"'h9000' is not known.*h100"):
+            plan_target("nothing.py:Nothing", world=2, device="h9000")
+
+    def test_unknown_precision(self) -> None:
+        with pytest.raises(PlanError, match="'int8' cannot be planned"):
+            self.planner(precision="int8")
+
+    def test_the_module_stays_as_it_is(self) -> None:
+        module = make("llama")
+        before = {name: (id(parameter), parameter.clone()) for name, parameter in module.named_parameters()}
+        Planner(module, batch_of(64), world=2, device=device_kind("h100")).at(128, ("full",))
+        for name, parameter in module.named_parameters():
+            assert id(parameter) == before[name][0]
+            assert torch.equal(parameter, before[name][1])
