@@ -51,6 +51,11 @@ def dots(q: Tensor, k: Tensor) -> Tensor:
     return q @ k.transpose(-1, -2) * WIDTH**-0.5
 
 
+def multi_query(net: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One head of keys and values, with a bias."""
+    return (dots(q, k[:, :1]) + net.slopes.view(-1, 1, 1) * row_column(q)[1]).softmax(-1) @ v[:, :1]
+
+
 def relative(net: Net, q: Tensor) -> Tensor:
     """A learned bias for every distance and head."""
     row, column = row_column(q)
@@ -147,6 +152,7 @@ TILED: dict[str, Written] = {
     "may_attend_to_nothing": lambda n, q, k, v: (
         dots(q, k).masked_fill(~((row_column(q)[0] + row_column(q)[1] > 5) & causal(q)), -1e9).softmax(-1) @ v
     ),
+    "multi_query": multi_query,
     "softmax_with_own_sum": lambda n, q, k, v: (dots(q, k).exp() / dots(q, k).exp().sum(-1, keepdim=True)) @ v,
 }
 

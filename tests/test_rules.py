@@ -171,9 +171,6 @@ def test_parts_are_exchanged(name: str, ranks: int) -> None:
 
 WHOLE: dict[str, Callable[..., Any]] = {
     "argmax": lambda n, x, i: (x.sum(), x.argmax(1)),
-    "batch_norm": lambda n, x, i: (
-        F.batch_norm((x + n.positions[: x.shape[1]]).transpose(1, 2), None, None, training=True).pow(3).sum()
-    ),
     "std": lambda n, x, i: x.std(1).sum(),
     "split_sequence": lambda n, x, i: x.chunk(2, 1)[0].square().sum(),
     "weights_by_position": lambda n, x, i: (n.positions[i.cumsum(1) % 60] * x).sum(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulated import lower
+from simulated import assert_step_exact, lower
 from test_rules import B, D, Net, V, check, ids_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -232,6 +232,9 @@ STATISTICS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "norm_of_zeros": lambda n, x: (x * 0).norm(dim=1, keepdim=True) + x.norm(p=1, dim=(1, 2)).view(B, 1, 1),
     "prod": lambda n, x: x[..., 0].prod(1).view(B, 1, 1) * x,
     "group_norm": lambda n, x: F.group_norm(x.transpose(1, 2), 2, n.positions[0], n.positions[1]).transpose(1, 2),
+    "batch_norm": lambda n, x: F.batch_norm(x.transpose(1, 2), None, None, n.positions[0], n.positions[1], True).transpose(1, 2),
+    "batch_norm_of_images": lambda n, x: F.batch_norm(x.unsqueeze(1).sin(), None, None, training=True).squeeze(1),
+    "batch_norm_as_remembered": lambda n, x: F.batch_norm(x.transpose(1, 2), torch.arange(D).double(), torch.ones(D).double()).mT,
     "layer_norm_over_time": lambda n, x: F.group_norm(x.transpose(1, 2), D).transpose(1, 2),
     "triangles": lambda n, x: ((x @ x.transpose(1, 2)).tril(-1) + (x @ x.transpose(1, 2)).triu(2)) @ x,
     "triangle_of_columns": lambda n, x: torch.einsum("bsd,td->bts", x, n.positions[:10]).tril(3),
@@ -249,6 +252,22 @@ def test_statistics_are_joined(name: str, ranks: int, span: str, length: int) ->
     # The triangles' matrix needs all keys.
     gathers = name == "triangles"
     check_sharded(STATISTICS[name], ranks, span, length, gathers=gathers)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_remembers_what_one_device_does(training: bool) -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Embedding(V, D), nn.BatchNorm1d(D, momentum=0.3)
+            self.double()
+
+        def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
+            return self.norm(self.table(ids).transpose(1, 2)).pow(3).sum()
+
+    report = assert_step_exact(Normalised().train(training), [ids_of(13), ids_of(14)], num_ranks=3)
+    assert not report.breaks
+    assert not any(step.in_full or step.gathered for step in report.steps)
 
 
 LOOKUPS: dict[str, Callable[[Net, Tensor], Tensor]] = {

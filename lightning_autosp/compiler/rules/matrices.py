@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from lightning_autosp.compiler.layout import Layout
-from lightning_autosp.compiler.rule import Facts, Rule, Sharding
-from lightning_autosp.compiler.rules.generic import pointwise
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding, tensor_inputs
+from lightning_autosp.compiler.rules.generic import ask_pytorch, pointwise
 
 __all__ = ["RULES"]
 
@@ -24,13 +24,22 @@ def matrices(facts: Facts, node: fx.Node) -> Sharding | None:
     return sharding
 
 
-RULES: dict[Any, Rule] = dict.fromkeys(
-    [
-        aten.linalg_solve_triangular.default,
-        aten.linalg_solve.default,
-        aten.linalg_inv.default,
-        aten.linalg_cholesky.default,
-        aten.linalg_matrix_exp.default,
-    ],
-    matrices,
-)
+def product(facts: Facts, node: fx.Node) -> Sharding | None:
+    """PyTorch knows no product of a part of the heads with a matrix that all heads share (multi-query attention)."""
+    of_matrices = all(len(facts.shape(factor)) >= 2 for factor in tensor_inputs(node))
+    return (matrices(facts, node) if of_matrices else None) or ask_pytorch(facts, node)
+
+
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys(
+        [
+            aten.linalg_solve_triangular.default,
+            aten.linalg_solve.default,
+            aten.linalg_inv.default,
+            aten.linalg_cholesky.default,
+            aten.linalg_matrix_exp.default,
+        ],
+        matrices,
+    ),
+    aten.matmul.default: product,
+}

@@ -15,7 +15,7 @@ from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
 from lightning_autosp.compiler.rules.generic import ask_pytorch
 from lightning_autosp.compiler.rules.reductions import moments_across, widened
 
-__all__ = ["RULES", "group_norm_across", "softmax_across"]
+__all__ = ["RULES", "batch_norm_across", "group_norm_across", "softmax_across"]
 
 aten = torch.ops.aten
 
@@ -104,8 +104,77 @@ def group_norm_across(
     return out.to(x.dtype)
 
 
+def batch_norm(facts: Facts, node: fx.Node) -> Sharding | None:
+    """Each channel is normalised over all samples and positions, in evaluation by what the module remembers."""
+    given = bound(node)
+    source, others = given["input"], [given.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    layout = facts.layout(source)
+    if layout is None or layout.dim == 1 or any(facts.has_sequence(x) for x in others if x is not None):
+        return None
+    outputs = (layout, *[None] * (len(node.meta["val"]) - 1))
+    if not given.get("training"):
+        return Sharding({source: layout}, outputs)
+
+    def emit(em: Emitter, n: fx.Node) -> fx.Node:
+        count = em.integer(sympy.prod(facts.shape(source)) / facts.shape(source)[1])
+        whole = [None if x is None else em.get(x, None) for x in others]
+        return em.call(batch_norm_across, (em.get(source, layout), *whole, given["momentum"], given["eps"], count, em.group))
+
+    return Sharding({source: layout}, outputs, emit, kind="exchange")
+
+
+def batch_norm_across(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    count: int,
+    group: Group,
+) -> tuple[Tensor, ...]:
+    """`aten._native_batch_norm_legit_functional` of a part, or without what a module remembers `aten._native_batch_norm_legit`.
+
+    Args:
+        x: This rank's part, shape `(N, C, ...)`.
+        weight: A factor for each channel.
+        bias: A term for each channel.
+        running_mean: The mean so far.
+        running_var: The variance so far.
+        momentum: The weight of the new ones.
+        eps: Added to the variance.
+        count: Elements of a whole channel.
+        group: The sequence group.
+
+    Returns:
+        The normalised part, the mean, the inverse of the deviation, and the new mean and variance if there were some.
+    """
+    wide = widened(x)
+    mean, squares = moments_across(wide, (0, *range(2, x.ndim)), count, group)
+    inverse = (squares / count + eps).rsqrt()
+    out = (wide - mean) * inverse
+    channels = mean.shape
+    if weight is not None:
+        out = out * weight.view(channels)
+    if bias is not None:
+        out = out + bias.view(channels)
+    results = (out.to(x.dtype), mean.detach().flatten(), inverse.detach().flatten())
+    if running_mean is None or running_var is None:
+        return results
+    variance = squares.detach().flatten() / (count - 1)
+    return (
+        *results,
+        running_mean.lerp(results[1].to(running_mean.dtype), momentum),
+        running_var.lerp(variance.to(running_var.dtype), momentum),
+    )
+
+
 RULES: dict[Any, Rule] = {
     aten.softmax.int: softmax,
     aten.log_softmax.int: softmax,
     aten.group_norm.default: group_norm,
+    aten._native_batch_norm_legit_functional.default: batch_norm,
+    aten._native_batch_norm_legit.no_stats: batch_norm,
+    aten._native_batch_norm_legit_no_training.default: batch_norm,
 }
