@@ -39,6 +39,9 @@ try:
 except ImportError:  # before torch 2.12
     BoxedCodeGen = None  # type: ignore[assignment, misc]
 
+# The class is given out as `torch.compile`'s, but has no public place.
+DynamicInt: Any = getattr(torch.fx.experimental.sym_node, "DynamicInt", None)
+
 __all__ = [
     "DYNAMO_IGNORES_MODES",
     "VMAP_CLOSES",
@@ -65,6 +68,7 @@ __all__ = [
     "partitioner",
     "shape_replacements",
     "size_guards",
+    "symbolic",
     "to_fun",
     "track_tensor_tree",
     "without_duplicates",
@@ -120,6 +124,11 @@ def current_tracer() -> Any:
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Ask Dynamo for a symbol for this dimension, without an error should the user's code fix its size."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def symbolic(number: int) -> int:
+    """Return the same number, which Dynamo takes for a symbol wherever it stands."""
+    return DynamicInt(int(number)) if DynamicInt is not None else number
 
 
 def dynamic_dims(tensor: torch.Tensor) -> set[int]:

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
@@ -25,7 +26,7 @@ from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.parameters import ModuleParameters
 
-__all__ = ["CompiledStep", "batch_tensors", "compile_step", "mark_sequence"]
+__all__ = ["CompiledStep", "batch_tensors", "compile_step", "mark_sequence", "symbolic_block_masks"]
 
 _NO_MEMORY = (
     "{kind}: a function that is no PyTorch operator reads the memory of a tensor that is held in parts between two compiled pieces "
@@ -59,6 +60,28 @@ def mark_sequence(batch: Any, sequence_dim: int) -> int:
             if dim == sequence_dim or (dim != batch_dim and size == length):
                 _compat.mark_dynamic(tensor, dim)
     return length
+
+
+@contextlib.contextmanager
+def symbolic_block_masks(module: torch.nn.Module, batch: Any) -> Iterator[None]:
+    """Let the lengths in block masks be symbols: Dynamo would fix them, and the sequence's with them.
+
+    Args:
+        module: Whose attributes, and what lists and dicts in them hold, are searched for block masks.
+        batch: Any collection, searched too.
+    """
+    found = pytree.tree_leaves(batch, is_leaf=lambda value: isinstance(value, BlockMask))
+    for value in (value for one in module.modules() for value in vars(one).values()):
+        found += value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+    masks = {id(mask): mask for mask in found if isinstance(mask, BlockMask)}
+    lengths = [mask.seq_lengths for mask in masks.values()]
+    try:
+        for mask in masks.values():
+            mask.seq_lengths = tuple(map(_compat.symbolic, mask.seq_lengths))  # type: ignore[assignment]
+        yield
+    finally:
+        for mask, before in zip(masks.values(), lengths, strict=True):
+            mask.seq_lengths = before
 
 
 _MESSAGES = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
@@ -104,8 +127,9 @@ class CompiledStep:
         while True:
             values = self.parameters.standing_in() if self._mode == "whole" else self.parameters.whole()
             try:
+                masks = contextlib.nullcontext() if self._mode == "eager" else symbolic_block_masks(self.module, (args, kwargs))
                 marks = EagerMarks(length) if self._mode == "pieces" and _compat.DYNAMO_IGNORES_MODES else contextlib.nullcontext()
-                with values, self._deferred.recording(one_graph=self._mode == "whole"), marks:
+                with values, self._deferred.recording(one_graph=self._mode == "whole"), marks, masks:
                     result = self._run(*args, **kwargs)
                 break
             except StrictModeError:

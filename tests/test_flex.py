@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from simulated import assert_exact
+from lightning.pytorch import LightningModule
+from simulated import assert_exact, assert_step_exact, run_step
 from test_attention import no_pairs
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
+from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lightning_autosp.attention import tiles
-from lightning_autosp.compiler.flex import write_out_flex_attention
 
 HEADS, WIDTH, LENGTH = 4, 4, 13
 
@@ -55,6 +55,7 @@ class Net(nn.Module):
 
 
 def inputs() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
     return torch.randn(2, LENGTH, 8).double(), torch.tensor([0] * 4 + [1] * 6 + [2] * 3).expand(2, -1).contiguous()
 
 
@@ -91,19 +92,54 @@ def test_scores(name: str, mask: str | None) -> None:
     assert no_pairs(lowered)
 
 
-def test_a_block_mask_that_hides_more_than_its_function_is_not_replaced() -> None:
-    one = torch.ones(1, 1, 1, dtype=torch.int32)
-    mask = BlockMask.from_kv_blocks(0 * one, (0 * one)[..., None], BLOCK_SIZE=128, seq_lengths=(LENGTH, LENGTH))
-    targets = []
+class Outside(LightningModule):
+    """Block masks made before the step: from the same functions, or given."""
 
-    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
-        write_out_flex_attention(gm, detect_fake_mode([node.meta.get("example_value") for node in gm.graph.nodes]))
-        targets.extend(node.target for node in gm.graph.nodes)
-        return gm.forward
+    def __init__(self, mask: BlockMask | None = None, name: str = "documents", kv_heads: int = HEADS) -> None:
+        super().__init__()
+        self.net = Net(kv_heads=kv_heads)
+        function = MASKS[name](inputs()[1])
+        sizes = (2, HEADS) if "differ" in name else (2, None) if "documents" in name else (None, None)
+        self.masks = [create_block_mask(function, *sizes, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=4) if mask is None else mask]
 
-    @torch.compile(backend=backend, fullgraph=True)
-    def step(q: Tensor, mask: BlockMask) -> Any:
-        return flex_attention(q, q, q + 1, block_mask=mask)
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        q = self.net.q(batch).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
+        k, v = self.net.kv(batch).unflatten(-1, (self.net.kv_heads, 2 * WIDTH)).transpose(1, 2).chunk(2, -1)
+        out = flex_attention(q, k, v, block_mask=self.masks[0], enable_gqa=self.net.kv_heads != HEADS)
+        return out.square().mean()
 
-    step(torch.randn(2, HEADS, LENGTH, WIDTH), mask)
-    assert torch.ops.higher_order.flex_attention in targets
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("name", MASKS)
+def test_block_masks_made_before_the_step(name: str, kv_heads: int) -> None:
+    module = Outside(name=name, kv_heads=kv_heads)
+    report = assert_step_exact(module, [inputs()[0], inputs()[0]])
+    (step,) = report.steps
+    assert not step.in_full
+    assert not step.gathered
+    assert [call.method for call in step.attention] == ["ulysses"]
+    assert step.attention[0].mask_bytes == 0
+    assert module.masks[0].seq_lengths == (LENGTH, LENGTH)
+
+
+def test_a_block_mask_that_lists_other_blocks_than_its_function_attends_to() -> None:
+    """Kernels ask the function in blocks of the first list only; the reference of PyTorch asks it everywhere."""
+    in_part, in_full = torch.zeros(1, 1, 4, 4, dtype=torch.bool), torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    in_part[..., 0] = in_part[..., 2, 1] = in_part[..., 3, 3] = True
+    in_full[..., 0, 1] = in_full[..., 3, 2] = True
+    lists = [x for one in (in_part, in_full) for x in (one.sum(-1).int(), one.int().argsort(-1, descending=True).int())]
+    sizes = {"BLOCK_SIZE": 4, "seq_lengths": (LENGTH, LENGTH)}
+    mask = BlockMask.from_kv_blocks(*lists, mask_mod=lambda b, h, i, j: j <= i, **sizes)
+    module = Outside(mask)
+    (results, _, report) = run_step(module, [inputs()[0]])
+    assert not report.steps[0].in_full
+
+    position = torch.arange(LENGTH)
+    wide_part, wide_full = (one[0, 0][position[:, None] // 4, position // 4] for one in (in_part, in_full))
+    attended = wide_part & (position <= position[:, None]) | wide_full
+    batch = inputs()[0]
+    q = module.net.q(batch).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
+    k, v = module.net.kv(batch).unflatten(-1, (HEADS, 2 * WIDTH)).transpose(1, 2).chunk(2, -1)
+    want = F.scaled_dot_product_attention(q, k, v, attended).square().mean()
+    for result in results:
+        assert torch.allclose(result[0], want, rtol=1e-10)

@@ -144,7 +144,7 @@ class LoweredStep:
     def sizes(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """Read the value of every symbol off the inputs."""
         return {
-            symbol: ((inputs[index] if dim is None else inputs[index].shape[dim]) - constant) // factor
+            symbol: (int(inputs[index] if dim is None else inputs[index].shape[dim]) - constant) // factor
             for symbol, (index, dim, factor, constant) in self._where.items()
         }
 

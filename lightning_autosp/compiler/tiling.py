@@ -153,7 +153,9 @@ def _inputs(facts: Facts, node: fx.Node, wanted: Form) -> dict[fx.Node, Layout] 
     if _takes_all(facts, node):
         return {node.all_input_nodes[0]: wanted}
     sources = tensor_inputs(node)
-    if is_pointwise(target):
+    if _looks_up_elements(facts, node):
+        sources = list(dict.fromkeys(node.args[1]))  # type: ignore[arg-type]
+    if is_pointwise(target) or _looks_up_elements(facts, node):
         return broadcast_needs(facts, sources, wanted, len(facts.shape(node)) - wanted.dim)
     choices = [_ways(facts, source, wanted) for source in sources]
     for layouts in itertools.product(*choices):
@@ -179,6 +181,16 @@ def _ways(facts: Facts, source: fx.Node, wanted: Layout) -> list[Form]:
 def _cat_dim(facts: Facts, node: fx.Node) -> int:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     return int(dim) % len(facts.shape(node))  # type: ignore[arg-type]
+
+
+def _looks_up_elements(facts: Facts, node: fx.Node) -> bool:
+    """Whether the operator is `table[i, j]` with an index for every dimension: of the table, no pairs, all is needed."""
+    if node.target is not aten.index.Tensor:
+        return False
+    table: Any = node.args[0]
+    indices: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    complete = len(indices) == len(facts.shape(table)) and None not in indices and table not in indices
+    return complete and len(facts.sequence_dims(table)) < 2 and all(index.meta["val"].dtype is not torch.bool for index in indices)
 
 
 def _takes_all(facts: Facts, node: fx.Node) -> bool:
