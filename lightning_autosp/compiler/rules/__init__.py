@@ -29,6 +29,7 @@ from lightning_autosp.compiler.rules import (
     statistics,
     views,
     windows,
+    writes,
 )
 from lightning_autosp.compiler.rules.generic import generic
 
@@ -49,6 +50,7 @@ _families: dict[Any, Rule] = {
     **scans.RULES,
     **statistics.RULES,
     **windows.RULES,
+    **writes.RULES,
 }
 
 
