@@ -155,12 +155,13 @@ def shortened(text: str) -> str:
 
 def failure(error: BaseException) -> Row:
     """Return the row of a step that was not lowered: its graph is cut, and the strategy would run the pieces, or it is an error."""
-    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+    from torch._dynamo.exc import BackendCompilerFailed
 
     from lightning_autosp.compiler.scalars import NeedsBreakError
+    from lightning_autosp.step import CANNOT_TRACE
 
     cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
-    cut = isinstance(cause, (NeedsBreakError, TorchDynamoException))
+    cut = isinstance(cause, (NeedsBreakError, *CANNOT_TRACE))
     text = shortened(str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
 

@@ -31,6 +31,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 # Tie a fake tensor that no traced operator produced to a node of the graph being traced (opaque higher-order operators).
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
+
+# An operator's description needs the value of a size that depends on data.
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -47,6 +50,7 @@ __all__ = [
     "VMAP_CLOSES",
     "VMAP_OPENS",
     "FunctionalTensorMode",
+    "GuardOnDataDependentSymNode",
     "autograd_inside_operator",
     "boxed",
     "current_tracer",
@@ -151,7 +155,7 @@ def forbid_reading(tensor: torch.Tensor) -> None:
 
 
 def without_top_mode(kind: type) -> AbstractContextManager[Any]:
-    """Leave the innermost dispatch mode for a while, if it is of this kind."""
+    """Leave the innermost dispatch mode for a while, if it is of this kind; gives the mode, else `None`."""
     mode = _get_current_dispatch_mode()
     return _pop_mode_temporarily() if isinstance(mode, kind) else nullcontext()
 

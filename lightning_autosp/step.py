@@ -26,12 +26,19 @@ from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.parameters import ModuleParameters
 
-__all__ = ["CompiledStep", "batch_tensors", "compile_step", "mark_sequence", "symbolic_block_masks"]
+__all__ = ["CANNOT_TRACE", "CompiledStep", "batch_tensors", "compile_step", "mark_sequence", "symbolic_block_masks"]
+
+CANNOT_TRACE = (TorchDynamoException, _compat.GuardOnDataDependentSymNode)
+"""What Dynamo raises; the second for `x.split(sizes.tolist())` of as many sizes as data say."""
 
 _NO_MEMORY = (
     "{kind}: a function that is no PyTorch operator reads the memory of a tensor that is held in parts between two compiled pieces "
     "of the step. Make it an operator (torch.library.custom_op), or hand it x.clone() instead of x."
 )
+
+
+_FEW = 15
+"""Positions, which other dimensions have as often (the three numbers of an image's grid)."""
 
 
 def batch_tensors(batch: Any) -> list[Tensor]:
@@ -46,11 +53,11 @@ def batch_tensors(batch: Any) -> list[Tensor]:
     return found
 
 
-def mark_sequence(batch: Any, sequence_dim: int) -> int:
+def mark_sequence(batch: Any, sequence_dim: int) -> list[int]:
     """Give the sequence dimension of every tensor a symbol, and other dimensions of that length (an attention mask's) one each.
 
     Returns:
-        The length of the longest sequence.
+        The lengths that tell a sequence from other dimensions: the longest, and others of more than a few positions.
     """
     tensors = [tensor for tensor in batch_tensors(batch) if tensor.ndim > sequence_dim]
     length = max((tensor.shape[sequence_dim] for tensor in tensors), default=0)
@@ -59,7 +66,7 @@ def mark_sequence(batch: Any, sequence_dim: int) -> int:
         for dim, size in enumerate(tensor.shape):
             if dim == sequence_dim or (dim != batch_dim and size == length):
                 _compat.mark_dynamic(tensor, dim)
-    return length
+    return [length, *(size for tensor in tensors if _FEW < (size := tensor.shape[sequence_dim]) < length)]
 
 
 @contextlib.contextmanager
@@ -123,12 +130,12 @@ class CompiledStep:
         self._run = compile_step(self._user_step(), self.compiler)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        length = mark_sequence((args, kwargs), self.sequence_dim)
+        lengths = mark_sequence((args, kwargs), self.sequence_dim)
         while True:
             values = self.parameters.standing_in() if self._mode == "whole" else self.parameters.whole()
             try:
                 masks = contextlib.nullcontext() if self._mode == "eager" else symbolic_block_masks(self.module, (args, kwargs))
-                marks = EagerMarks(length) if self._mode == "pieces" and _compat.DYNAMO_IGNORES_MODES else contextlib.nullcontext()
+                marks = EagerMarks(lengths) if self._mode == "pieces" and _compat.DYNAMO_IGNORES_MODES else contextlib.nullcontext()
                 with values, self._deferred.recording(one_graph=self._mode == "whole"), marks, masks:
                     result = self._run(*args, **kwargs)
                 break
@@ -136,9 +143,9 @@ class CompiledStep:
                 raise
             except FailOnRecompileLimitHit as error:
                 self._change("eager", "the step keeps changing (a Python number that differs every time?)", error)
-            except TorchDynamoException as error:
+            except CANNOT_TRACE as error:
                 cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
-                if self._mode != "whole" or not isinstance(cause, (NeedsBreakError, TorchDynamoException)):
+                if self._mode != "whole" or not isinstance(cause, (NeedsBreakError, *CANNOT_TRACE)):
                     raise
                 self._change("pieces", _headline(cause), error)
             except RuntimeError as error:

@@ -11,6 +11,8 @@ from simulated import assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_autosp.compiler.capture import capture
+
 D, V = 6, 11
 
 
@@ -87,3 +89,18 @@ def test_data_is_cut_like_samples_merged_with_positions() -> None:
         return (y * torch.arange(y.shape[0]).double().cos()[:, None]).square().mean()
 
     check(body, length=17, batch=3, sequence_dim=0, num_ranks=3)
+
+
+def test_a_graph_without_tensors_among_its_inputs() -> None:
+    """Dynamo has described what it makes; to describe it with other means does not mix."""
+
+    def places(rows: int, columns: int) -> Tensor:
+        found = []
+        for _ in range(3):
+            first, second = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            first, second = (one.reshape(rows // 2, 2, -1).transpose(0, 1).flatten() for one in (first, second))
+            found.append(torch.stack([first, second], -1).repeat(2, 1))
+        return torch.cat(found)
+
+    compiled = torch.compile(places, backend=lambda gm, _: capture(gm, {}).owner and gm.forward, fullgraph=True, dynamic=True)
+    assert compiled(4, 3).shape == (72, 2)

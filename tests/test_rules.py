@@ -401,6 +401,36 @@ def test_python_numbers_that_change_stay_in_the_graph(compute: Any) -> None:
     assert not lowered.report.in_full
 
 
+@pytest.mark.parametrize(
+    "claim",
+    [
+        lambda i, limit: torch._check_tensor_all(i < limit),
+        lambda i, limit: torch._check(i.max().item() < limit),
+        lambda i, limit: torch._assert_async((i < limit).all()),
+    ],
+    ids=["tensor", "number", "asynchronous"],
+)
+def test_checks_of_values_stay_in_the_graph(claim: Any) -> None:
+    def body(limit: int) -> Any:
+        def checked(net: Net, x: Tensor, ids: Tensor) -> Tensor:
+            claim(ids, limit)
+            return net.head(x).square().sum()
+
+        return checked
+
+    assert not check(body(V)).report.in_full
+    net, ids = Net(body(3)), ids_of(13)
+    ids[1, -1] = 4
+    with pytest.raises(RuntimeError, match="A check of a tensor's values failed"):
+        lower(net, (ids,), net, num_ranks=3)
+
+
+def test_a_failed_check_names_its_line() -> None:
+    net = Net(lambda n, x, i: (torch._check_tensor_all(i < 3), x.sum())[1])
+    with pytest.raises(RuntimeError, match=r"A check of a tensor's values failed, at .*test_rules\.py:\d+, called at"):
+        lower(net, (ids_of(40),), net)
+
+
 def lower_with_number(net: Net, compute: Any, ids: Tensor, beta: float) -> Any:
     holder = type("Holder", (), {"beta": torch.tensor(beta, dtype=torch.float64)})
 

@@ -75,11 +75,15 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
 
     Returns:
         The graph with symbolic shapes in `node.meta["val"]`.
+
+    Raises:
+        NeedsBreakError: If it needs the value of a tensor before it runs: a size, an index.
     """
     sources = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = [node.meta["example_value"] for node in sources]
     examples = [_compat.example_of(node) for node in sources]
-    fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
+    known = pytree.tree_leaves([node.meta.get("example_value") for node in gm.graph.nodes])  # there may be no tensor among inputs
+    fake_mode = next((value.fake_mode for value in known if isinstance(value, FakeTensor)), None) or FakeTensorMode()
     inline_checkpoints(gm)
     write_out_flex_attention(gm, fake_mode)
     inline_vmaps(gm, fake_mode)
@@ -137,9 +141,11 @@ def _refuse_sizes_of_data(captured: Captured) -> None:
             for size in [*sizes, *([value] if isinstance(value, torch.SymInt) else [])]:
                 known |= as_expr(size).free_symbols | captured.expr(size).free_symbols
         elif any(not as_expr(size).free_symbols <= known and not captured.expr(size).free_symbols <= known for size in sizes):
-            raise NeedsBreakError(
-                f"how large the result of {node.target} is depends on a tensor's values\n{node.stack_trace or ''}"
-            )
+            raise _size_of_data(node)
+
+
+def _size_of_data(node: fx.Node) -> NeedsBreakError:
+    return NeedsBreakError(f"how large the result of {node.target} is depends on a tensor's values\n{node.stack_trace or ''}")
 
 
 def _equal_quotients(guards: Iterable[sympy.Expr], replacements: Mapping[sympy.Expr, sympy.Expr]) -> dict[sympy.Expr, sympy.Expr]:
@@ -183,7 +189,10 @@ def _trace(
         return outputs, updates
 
     with fake_mode, fx_traceback.preserve_node_meta():
-        traced = _compat.make_fx(run, _DECOMPOSITIONS, pre_dispatch=True, tracing_mode="real")(*values)
+        try:
+            traced = _compat.make_fx(run, _DECOMPOSITIONS, pre_dispatch=True, tracing_mode="real")(*values)
+        except _compat.GuardOnDataDependentSymNode as error:
+            raise _size_of_data(normalise.node) from error
     normalise.repetitions.expand(traced.graph)
     return traced, mutated, normalise.repetitions.num_traced
 
@@ -198,6 +207,8 @@ class _Normalise(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, repeats: Sequence[Repeat]) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.repetitions = Repetitions(repeats)
+        self.node: fx.Node
+        """The one that is traced now."""
 
     def call_function(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
         if isinstance(target, torch._ops.HigherOrderOperator) or is_kept(target):
@@ -207,7 +218,7 @@ class _Normalise(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if self.repetitions.take(n, self.env):
             return self.env[n]
-        self._node = n
+        self.node = n
         with self.repetitions.tracing(n):
             return super().run_node(n)
 
@@ -226,6 +237,6 @@ class _Normalise(fx.Interpreter):
             return value
 
         node = tracer.create_node("call_function", target, *pytree.tree_map(node_of, (args, kwargs)))
-        value = self._node.meta["example_value"]
+        value = self.node.meta["example_value"]
         _compat.track_tensor_tree(value, fx.Proxy(node, tracer), constant=None, tracer=tracer)
         return pytree.tree_map_only(torch.Tensor, _compat.to_fun, value)

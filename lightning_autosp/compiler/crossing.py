@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -267,14 +267,14 @@ class _Leave(torch.autograd.Function):
 
 
 class EagerMarks(TorchDispatchMode):
-    """While it is on, dimensions as long as the sequence get a symbol in what eager code computes, for the piece that takes it.
+    """While it is on, dimensions as long as a sequence get a symbol in what eager code computes, for the piece that takes it.
 
     Dynamo leaves whole functions to eager code when it cannot cut them, those with a loop around the break above all.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, lengths: Iterable[int]) -> None:
         super().__init__()
-        self._lengths = {length - 1, length, length + 1}
+        self._lengths = {length + added for length in lengths for added in (-1, 0, 1)}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -286,12 +286,16 @@ class EagerMarks(TorchDispatchMode):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         if not func._schema.is_mutable:
-            for tensor in pytree.tree_leaves(result):
-                if type(tensor) is Tensor and not tensor.is_nested:
-                    for dim, size in enumerate(tensor.shape):
-                        if size in self._lengths:
-                            _compat.mark_dynamic(tensor, dim)
+            self.mark(result)
         return result
+
+    def mark(self, values: Any) -> None:
+        """Mark the tensors among values."""
+        for tensor in pytree.tree_leaves(values):
+            if type(tensor) is Tensor and not tensor.is_nested:
+                for dim, size in enumerate(tensor.shape):
+                    if size in self._lengths:
+                        _compat.mark_dynamic(tensor, dim)
 
 
 def placement_of(value: Any) -> Placement | None:

@@ -33,16 +33,17 @@ from lightning_autosp.compiler.rules.random import can_broadcast, emit_whole, is
 
 __all__ = ["make_plan"]
 
-_REGION_MARKS = {
+_EFFECTS = {
     torch._C._set_grad_enabled,
     torch.amp.autocast_mode._enter_autocast,
     torch.amp.autocast_mode._exit_autocast,
+    torch.ops.aten._assert_async.msg,
 }
-"""Calls that switch a mode on or off: kept where they are."""
+"""Calls that switch a mode on or off, or fail, and give nothing: kept where they are, on every rank."""
 
 
-def is_region_mark(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in _REGION_MARKS
+def is_effect(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _EFFECTS
 
 
 def is_item(node: fx.Node) -> bool:
@@ -127,7 +128,7 @@ def _plan(
         if not facts.symbols:
             continue
         sharding = None
-        if node.op == "call_function" and not is_region_mark(node):
+        if node.op == "call_function" and not is_effect(node):
             sharding = _item_sharding(node, possible) if is_item(node) else _propose(facts, node)
         if sharding is not None and not shard_random and is_random(node):
             sharding = None
@@ -287,7 +288,7 @@ def _demand(facts: Facts, possible: dict[fx.Node, Sharding], *, keep_parts: bool
                 if not is_size(value):
                     ask(value, None, node)
             continue
-        if is_region_mark(node):
+        if is_effect(node):
             for source in node.all_input_nodes:
                 ask(source, None, node)
             demands.setdefault(node, {})

@@ -115,8 +115,11 @@ class LoweredStep:
         self._where = _find_symbols(captured)
 
     def __call__(self, *inputs: Any) -> Any:
-        with _compat.without_top_mode(EagerMarks):
-            return self._call(*inputs)
+        with _compat.without_top_mode(EagerMarks) as marks:
+            outputs = self._call(*inputs)
+        if marks is not None:  # a piece may have been given a length as a number, and so know of no sequence
+            marks.mark(outputs)
+        return outputs
 
     def _call(self, *inputs: Any) -> Any:
         updated = {}
