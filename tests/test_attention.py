@@ -25,8 +25,11 @@ Mask = Callable[[Tensor], Tensor]
 class Attention(nn.Module):
     """Projections around one attention call; `mask(x)` makes its mask."""
 
-    def __init__(self, heads: int = 4, kv_heads: int = 4, mask: Mask | None = None, **options: Any) -> None:
+    def __init__(
+        self, heads: int = 4, kv_heads: int = 4, mask: Mask | None = None, *, repeat: bool = False, **options: Any
+    ) -> None:
         super().__init__()
+        self.repeat = repeat
         self.heads, self.kv_heads, self.mask, self.options = heads, kv_heads, mask, options
         self.q = nn.Linear(8, heads * WIDTH)
         self.k = nn.Linear(8, kv_heads * WIDTH, bias=False)  # its gradient would be zero but for rounding
@@ -39,7 +42,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = self.split(self.q(x), self.heads), self.split(self.k(x), self.kv_heads), self.split(self.v(x), self.kv_heads)
         mask = self.mask(x) if self.mask else None
-        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=self.heads != self.kv_heads, **self.options)
+        if self.repeat:
+            times = self.heads // self.kv_heads
+            batch, _, length, _ = k.shape
+            k, v = (
+                one[:, :, None].expand(batch, self.kv_heads, times, length, WIDTH).reshape(batch, self.heads, length, WIDTH)
+                for one in (k, v)
+            )
+        return self.attend(q, k, v, mask)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1], **self.options)
         return out.square().mean(), out
 
 
@@ -55,6 +68,26 @@ def test_every_head_count(heads: int, kv_heads: int, ranks: int, is_causal: bool
     report = assert_exact(net, inputs(), net, num_ranks=ranks).report
     assert [call.method for call in report.attention] == ["ulysses"]
     assert not report.in_full
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (8, 4), (6, 2)])
+def test_repeated_heads_are_sent_once(heads: int, kv_heads: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped queries as Transformers write them: keys and values repeated before the operator."""
+    sent: list[tuple[int, int]] = []
+    import lightning_autosp.compiler.rules.attention as module
+
+    original = module.ulysses_attention
+
+    def noting(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        sent.append((key.shape[1], value.shape[1]))
+        return original(query, key, value, *rest)
+
+    monkeypatch.setattr(module, "ulysses_attention", noting)
+    net = Attention(heads, kv_heads, is_causal=True, repeat=True)
+    report = assert_exact(net, inputs(), net, num_ranks=ranks).report
+    assert not report.in_full
+    assert set(sent) == {(kv_heads, kv_heads)}
 
 
 class InWindows(Attention):

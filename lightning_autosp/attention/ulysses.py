@@ -94,6 +94,10 @@ def ulysses_attention(
         if mask is not None and mask.ndim > 2 and mask.shape[-3] != 1:
             own = own_heads(mask, mask.ndim - 3, group)
         grouped = query.shape[-3] != key.shape[-3]
+        if grouped and query.is_cuda and query.dtype not in (torch.float16, torch.bfloat16):
+            # The only kernel that takes grouped heads in other types holds all scores.
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
+            grouped = False
         return F.scaled_dot_product_attention(query, key, value, own, dropout, is_causal, scale=scale, enable_gqa=grouped)
 
     return exchanged(query, key, value, kernel, query_lengths, key_lengths, group)

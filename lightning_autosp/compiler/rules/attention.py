@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -36,6 +37,11 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
         return None if isinstance(node.target, Region) else _by_sample(facts, given, layout)
     if layout is None or layout.dim != rows or layout.merged or rows == 0:
         return None
+    joined = isinstance(node.target, Region)
+    if not joined:
+        bases = [_heads_once(facts, one) for one in (key, value)]
+        if bases[0] is not None and bases[1] is not None and facts.shape(bases[0])[:-1] == facts.shape(bases[1])[:-1]:
+            key, value = bases
     if not (facts.has_sequence(key) or facts.has_sequence(value)):
         return _over_fixed_keys(facts, node, given, layout)
     key_layout = facts.layout(key)
@@ -50,7 +56,6 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
     if len(needs) < 3 and key_layout != layout:
         return None  # one tensor in two roles with two layouts
 
-    joined = isinstance(node.target, Region)
     if joined and _mask_reads(node, {query, key, value}):
         return None
 
@@ -94,6 +99,35 @@ def flash(facts: Facts, node: fx.Node) -> Sharding | None:
         return em.call(ulysses_flash, (handle_of(n.target), parts, whole, *lengths))  # type: ignore[arg-type]
 
     return Sharding(needs, layout, emit, kind="attention", note=f"ulysses, {node.target.__name__}")  # type: ignore[union-attr]
+
+
+def _heads_once(facts: Facts, node: fx.Node) -> fx.Node | None:
+    """Return the tensor whose heads another holds several times in a row, as grouped queries want them, or `None`."""
+    if node.target not in VIEWS:
+        return None
+    repeated, shape = _before_copies(facts, node.all_input_nodes[0]), facts.shape(node)
+    if repeated.target is not aten.expand.default:
+        return None
+    once = _before_copies(facts, repeated.all_input_nodes[0])
+    if once.target is not aten.unsqueeze.default:
+        return None
+    base: fx.Node = once.args[0]  # type: ignore[assignment]
+    heads = len(shape) - 3
+    single = (*facts.shape(base)[: heads + 1], sympy.S.One, *facts.shape(base)[heads + 1 :])
+    times = facts.shape(repeated)[heads + 1] if len(facts.shape(repeated)) == len(single) else None
+    if times is None or facts.shape(once) != single or facts.shape(repeated) != (*single[: heads + 1], times, *single[heads + 2 :]):
+        return None
+    return base if shape == (*single[:heads], single[heads] * times, *single[heads + 2 :]) else None
+
+
+def _before_copies(facts: Facts, node: fx.Node) -> fx.Node:
+    """Return what a value is a copy or a slice of everything of."""
+    while node.target in (aten.clone.default, aten.contiguous.default, aten.slice.Tensor, aten.alias.default):
+        source = node.all_input_nodes[0]
+        if facts.shape(source) != facts.shape(node):
+            break
+        node = source
+    return node
 
 
 def _given(node: fx.Node) -> dict[str, Any]:
