@@ -348,7 +348,7 @@ def test_heads_in_tiles(heads: int, kv_heads: int, tile: int | None) -> None:
 
 
 def test_columns_that_nothing_attends_to_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 13 * 4)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 16 * 4)
     net = Attention(mask=TILED["window"][0])
     (x,) = inputs()
     net(x)

@@ -111,7 +111,8 @@ def test_nothing_of_order_s_squared(name: str) -> None:
         largest = Largest(program.module)
         largest.run(*inputs)
         assert largest.numel <= limit, largest.node
-    written = [tiles._PROGRAMS[handle] for handle in set(tiles._PROGRAMS) - before]
+    of_losses = emitter.tile_programs.values()
+    written = [tiles._PROGRAMS[handle] for handle in set(tiles._PROGRAMS) - before if tiles._PROGRAMS[handle] not in of_losses]
     assert bool(written) == any("in tiles" in call.mask + call.method for call in lowered.report.attention)
     for one in written:
         assert one.num_tiles > 1

@@ -1,8 +1,8 @@
-"""Attention whose scores are more than a kernel's own flags can say, computed a few rows at a time.
+"""What would be large is computed a few rows at a time: the scores of attention, the logits of a loss, the inside of an MLP.
 
-A `TileProgram` computes a range of rows from the same rows of some inputs and all of the others. `run_tiles` runs it range after
-range: scores and mask of one range exist at a time, in forward and in backward, where each range is computed again. To autograd
-and to compilers it is one operator.
+A `TileProgram` computes a range of rows of some results from the same rows of some inputs and all of the others. `run_tiles` runs
+it range after range: the values of one range exist at a time, in forward and in backward, where each range is computed again. To
+autograd and to compilers it is one operator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from lightning_autosp import _compat
 
-__all__ = ["TILE_ELEMENTS", "ColumnBounds", "Cut", "TileProgram", "run_tiles"]
+__all__ = ["TILE_ELEMENTS", "ColumnBounds", "Cut", "Result", "Rows", "TileProgram", "run_tiles"]
 
 TILE_ELEMENTS = 2**25
 """Elements of the largest value of one tile: 128 MiB in float32."""
@@ -28,11 +28,52 @@ ColumnBounds = Callable[[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The dimensions along which an input is cut to a tile; `None`: it is not."""
+class Rows:
+    """The rows of a tensor: dimension `dim` of size `outer * rows * inner`, where a view merged it with its neighbours."""
 
-    rows: int | None = None
+    dim: int
+    outer: int = 1
+    inner: int = 1
+
+    def split(self, value: Tensor) -> Tensor:
+        """Return a view with the rows at dimension `dim + 1`, if they are merged with others."""
+        return value if self.outer == self.inner == 1 else value.unflatten(self.dim, (self.outer, -1, self.inner))
+
+    def within(self, value: Tensor, start: int, stop: int) -> Tensor:
+        """Return a view of a range of rows, split."""
+        return self.split(value).narrow(self.dim + (self.outer != 1 or self.inner != 1), start, stop - start)
+
+    def take(self, value: Tensor, start: int, stop: int) -> Tensor:
+        """Return a range of rows, contiguous: products of matrices round their result once then, not again with the bias."""
+        part = self.within(value, start, stop)
+        return (part if part.ndim == value.ndim else part.flatten(self.dim, self.dim + 2)).contiguous()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How an input is cut to a tile; `None`: along this axis it is not. Columns are a dimension."""
+
+    rows: Rows | None = None
     columns: int | None = None
+
+    def view(self, value: Tensor, tile: tuple[int, int, int, int], *, split: bool = False) -> Tensor:
+        """Return a tile of an input. Split, it is a view of the input in any case."""
+        start, stop, low, high = tile
+        if self.columns is not None:
+            value = value.narrow(self.columns, low, high - low)
+        if self.rows is None:
+            return value
+        return self.rows.within(value, start, stop) if split else self.rows.take(value, start, stop)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One of the values a program computes: its whole shape, its dtype, where its rows are, and whether a gradient comes to it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: Rows
+    differentiable: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,16 +145,18 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class TileProgram:
-    """How to compute rows of a result.
+    """How to compute rows of results.
 
     Attributes:
-        module: `module(num_rows, num_columns, *inputs)` returns those rows of the result, its inputs cut as `cuts` says.
+        module: `module(num_rows, num_columns, *inputs)` returns those rows of the results, its inputs cut as `cuts` says.
         cuts: How every input is cut.
-        shape: Of the whole result.
-        dtype: Of the result.
-        row_dim: Dimension of the result that is computed in ranges.
-        num_columns: Of the scores; 0 where columns are never left out.
+        results: What is computed.
+        num_rows: Rows there are.
+        num_columns: Of scores; 0 where columns are never left out.
         tile_rows: Rows of one range.
+        largest: Elements of the largest value of one range.
+        inlined: Whether all rows are computed at once and compilers see how. The same on all ranks, whatever rows they have: what
+            they see decides the order of collectives.
         columns: Which columns a range of rows needs; `None` for all.
         segments: Which columns it needs for the values of inputs.
         random: Whether random numbers are drawn; the first input is then a seed.
@@ -122,11 +165,12 @@ class TileProgram:
 
     module: fx.GraphModule
     cuts: tuple[Cut, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    row_dim: int
+    results: tuple[Result, ...]
+    num_rows: int
     num_columns: int
     tile_rows: int
+    largest: int
+    inlined: bool
     columns: ColumnBounds | None = None
     segments: tuple[Segments, ...] = ()
     random: bool = False
@@ -140,7 +184,7 @@ class TileProgram:
     @property
     def num_tiles(self) -> int:
         """Ranges of rows."""
-        return -(-self.shape[self.row_dim] // self.tile_rows)
+        return -(-self.num_rows // self.tile_rows)
 
     def tiles(self, inputs: Sequence[Tensor] | None = None) -> Iterator[tuple[int, int, int, int]]:
         """Go through `(first row, behind the last, first column, behind the last)`.
@@ -148,7 +192,7 @@ class TileProgram:
         Args:
             inputs: The program's inputs, not cut; their values say which columns are not needed. `None`: only positions do.
         """
-        rows = self.shape[self.row_dim]
+        rows = self.num_rows
         limits: list[list[list[int]]] = []
         if inputs is not None:
             limits = [segments.bounds(inputs, self.tile_rows).tolist() for segments in self.segments]
@@ -162,74 +206,76 @@ class TileProgram:
             yield start, stop, low, max(min(high, self.num_columns), low + 1)
 
     def cut(self, inputs: Sequence[Tensor], tile: tuple[int, int, int, int]) -> list[Tensor]:
-        """Return the inputs of one tile, views of the whole ones."""
-        start, stop, low, high = tile
-        cut = []
-        for value, how in zip(inputs, self.cuts, strict=True):
-            if how.rows is not None:
-                value = value.narrow(how.rows, start, stop - start)
-            if how.columns is not None:
-                value = value.narrow(how.columns, low, high - low)
-            cut.append(value)
-        return cut
+        """Return the inputs of one tile."""
+        return [how.view(value, tile) for value, how in zip(inputs, self.cuts, strict=True)]
 
-    def compute(self, tile: tuple[int, int, int, int], inputs: Sequence[Tensor]) -> Tensor:
+    def compute(self, tile: tuple[int, int, int, int], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         start, stop, low, high = tile
         context = contextlib.nullcontext() if self.autocast is None else torch.autocast(*self.autocast)
         with context:
-            return self.module(stop - start, high - low, *inputs)
+            return self.module(stop - start, high - low, *inputs)  # type: ignore[no-any-return]
 
 
 _PROGRAMS: dict[int, TileProgram] = {}
 
 
-def run_tiles(handle: int, *inputs: Tensor) -> Tensor:
-    """Compute the result of the program of that handle; its inputs are not cut."""
+def run_tiles(handle: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Compute the results of the program of that handle; its inputs are not cut."""
     program = _PROGRAMS[handle]
-    if program.num_tiles == 1:  # nothing is saved by computing it again: let autograd and compilers see into it
+    if program.inlined:  # nothing is saved by computing it again: let autograd and compilers see into it
         (tile,) = program.tiles()
         return program.compute(tile, program.cut(inputs[int(program.random) :], tile))
-    return _Tiles.apply(handle, *inputs)
+    return _Tiles.apply(handle, *inputs)  # type: ignore[no-any-return]
 
 
 class _Tiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, handle: int, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, handle: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.handle = handle
         ctx.save_for_backward(*inputs)
-        return torch.ops.autosp.tiles(list(inputs), handle)
+        ctx.set_materialize_grads(False)
+        results = tuple(torch.ops.autosp.tiles(list(inputs), handle))
+        constant = (value for value, one in zip(results, _PROGRAMS[handle].results, strict=True) if not one.differentiable)
+        ctx.mark_non_differentiable(*constant)
+        return results
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        results = _PROGRAMS[ctx.handle].results
+        given = [index for index, one in enumerate(results) if one.differentiable and grads[index] is not None]
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         found: list[Tensor | None] = [None] * len(ctx.saved_tensors)
-        for index, one in zip(wanted, torch.ops.autosp.tiles_backward(grad, ctx.saved_tensors, wanted, ctx.handle), strict=True):
-            found[index] = one
+        if given:
+            own = [grads[index] for index in given]
+            sums = torch.ops.autosp.tiles_backward(own, ctx.saved_tensors, given, wanted, ctx.handle)
+            for index, one in zip(wanted, sums, strict=True):
+                found[index] = one
         return (None, *found)
 
 
 @torch.library.custom_op("autosp::tiles", mutates_args=())
-def _tiles(inputs: Sequence[Tensor], handle: int) -> Tensor:
+def _tiles(inputs: Sequence[Tensor], handle: int) -> list[Tensor]:
     program = _PROGRAMS[handle]
+    out: list[Tensor] = []
     with _draws(program, inputs) as values:
-        out: Tensor | None = None
         for tile in program.tiles(values):
-            rows = program.compute(tile, program.cut(values, tile))
-            if out is None:
-                out = rows.new_empty(program.shape)
-            out.narrow(program.row_dim, tile[0], tile[1] - tile[0]).copy_(rows)
-    assert out is not None
+            parts = program.compute(tile, program.cut(values, tile))
+            if not out:
+                out = [part.new_empty(result.shape) for part, result in zip(parts, program.results, strict=True)]
+            for whole, part, result in zip(out, parts, program.results, strict=True):
+                result.rows.within(whole, *tile[:2]).copy_(result.rows.split(part))
     return out
 
 
 @_tiles.register_fake
-def _(inputs: Sequence[Tensor], handle: int) -> Tensor:
-    program = _PROGRAMS[handle]
-    return inputs[-1].new_empty(program.shape, dtype=program.dtype)
+def _(inputs: Sequence[Tensor], handle: int) -> list[Tensor]:
+    return [inputs[-1].new_empty(result.shape, dtype=result.dtype) for result in _PROGRAMS[handle].results]
 
 
 @torch.library.custom_op("autosp::tiles_backward", mutates_args=())
-def _tiles_backward(grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[int], handle: int) -> list[Tensor]:
+def _tiles_backward(
+    grads: Sequence[Tensor], inputs: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], handle: int
+) -> list[Tensor]:
     program = _PROGRAMS[handle]
     with _draws(program, inputs) as values:
         first = int(program.random)
@@ -240,23 +286,24 @@ def _tiles_backward(grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[int
                 cut = [value.detach() for value in program.cut(values, tile)]
                 for index in wanted:
                     cut[index - first].requires_grad_()
-                rows = program.compute(tile, cut)
-            own = grad.narrow(program.row_dim, tile[0], tile[1] - tile[0])
-            parts = torch.autograd.grad(rows, [cut[index - first] for index in wanted], own, allow_unused=True)
-            for index, part in zip(wanted, parts, strict=True):
+                parts = program.compute(tile, cut)
+            own = {
+                parts[index]: program.results[index].rows.take(grad, *tile[:2])
+                for index, grad in zip(given, grads, strict=True)
+                if parts[index].requires_grad
+            }
+            sources = [cut[index - first] for index in wanted]
+            found = torch.autograd.grad(list(own), sources, list(own.values()), allow_unused=True)
+            for index, part in zip(wanted, found, strict=True):
                 if part is not None:
-                    start, stop, low, high = tile
-                    how, target = program.cuts[index - first], sums[index]
-                    if how.rows is not None:
-                        target = target.narrow(how.rows, start, stop - start)
-                    if how.columns is not None:
-                        target = target.narrow(how.columns, low, high - low)
-                    target += part
+                    how = program.cuts[index - first]
+                    target = how.view(sums[index], tile, split=True)
+                    target += part if how.rows is None else how.rows.split(part)
     return [sums[index].to(inputs[index].dtype) for index in wanted]
 
 
 @_tiles_backward.register_fake
-def _(grad: Tensor, inputs: Sequence[Tensor], wanted: Sequence[int], handle: int) -> list[Tensor]:
+def _(grads: Sequence[Tensor], inputs: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], handle: int) -> list[Tensor]:
     return [torch.empty_like(inputs[index]) for index in wanted]
 
 

@@ -137,7 +137,8 @@ def ulysses_tiles(
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         values = (query, key, value, *others)
         own = [values[i] if dim is None or i < 3 else own_heads(values[i], dim, group) for i, dim in places]
-        return run_tiles(handle, *seed, *own)
+        (out,) = run_tiles(handle, *seed, *own)
+        return out
 
     return exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
 

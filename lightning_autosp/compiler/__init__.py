@@ -9,6 +9,7 @@
 | `flex.py`       | `flex_attention` as scores and a mask                                |
 | `written_out.py`| attention that is written out, as the operator it is                 |
 | `regions.py`    | attention and its mask as one node                                   |
+| `rowwise.py`    | logits and their loss, or an MLP, as one node                        |
 | `tiling.py`     | rows of such a node from rows of its inputs                          |
 | `layout.py`     | where the sequence is in a tensor and which part each rank owns      |
 | `locality.py`   | asks PyTorch whether an operator is local                            |

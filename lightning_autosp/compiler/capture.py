@@ -26,7 +26,7 @@ from lightning_autosp.compiler.layout import as_expr
 from lightning_autosp.compiler.repeats import CannotRepeatError, Repeat, Repetitions, find_repeats
 from lightning_autosp.compiler.scalars import NeedsBreakError, keep_numbers_as_tensors
 
-__all__ = ["Captured", "capture", "is_size"]
+__all__ = ["Captured", "capture", "is_size", "memory_of"]
 
 
 @dataclass
@@ -48,6 +48,8 @@ class Captured:
     """Placeholders whose values require grad: anything computed from them is expensive to hold in full."""
     mutated: list[fx.Node] = field(default_factory=list)
     """Placeholders the step updates in place; the last outputs of the graph are their new values, in this order."""
+    kept: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Logits that are held whole, with a node that wants them so."""
     num_traced: int = 0
     """Operators of Dynamo's graph that were traced; the others repeat some of them."""
 
@@ -166,6 +168,12 @@ def _equal_quotients(guards: Iterable[sympy.Expr], replacements: Mapping[sympy.E
 def is_size(node: fx.Node) -> bool:
     """Whether the node is a number that follows from the inputs' sizes: a constant once they are known."""
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def memory_of(node: fx.Node) -> int:
+    """Return what the values of nodes have in common that share memory."""
+    memory: int = node.meta["val"].untyped_storage()._cdata
+    return memory
 
 
 def _trace(

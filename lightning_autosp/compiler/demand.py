@@ -26,7 +26,6 @@ from lightning_autosp.compiler.layout import Layout, Span, span_of
 from lightning_autosp.compiler.plan import Form, Plan
 from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import GIVEN_TO_ALL, Facts, Sharding, tensor_inputs
-from lightning_autosp.compiler.rules.attention import emit_region
 from lightning_autosp.compiler.rules.experts import leaking_sorts
 from lightning_autosp.compiler.rules.factories import part
 from lightning_autosp.compiler.rules.random import can_broadcast, emit_whole, is_random
@@ -104,7 +103,8 @@ def _make_plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: Device
         whole = {node for node in plan.demands if is_random(node)}
     if plan.facts.symbols:  # the first rank draws for all
         plan.whole = dict.fromkeys((node for node in whole if can_broadcast(node)), emit_whole)
-    plan.whole |= {node: emit_region for node in plan.demands if isinstance(node.target, Region) and node not in plan.shardings}
+    regions = [node for node in plan.demands if isinstance(node.target, Region) and node not in plan.shardings]
+    plan.whole |= dict.fromkeys(regions, rules.emit_region)
     return plan
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lightning_autosp import collectives
+from lightning_autosp.attention.tiles import TileProgram
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.capture import is_size
 from lightning_autosp.compiler.layout import Layout
@@ -105,6 +106,8 @@ class Emitter:
         self.sizes = {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
         self.facts = plan.facts
         self.enter_parameter = enter_parameter
+        self.tile_programs: dict[fx.Node, TileProgram] = {}
+        """How regions of rows run."""
         self._graph = fx.Graph()
         self._env: dict[tuple[fx.Node, Form], Any] = {}
         self._meta: dict[str, Any] = {}

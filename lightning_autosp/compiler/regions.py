@@ -22,11 +22,12 @@ from torch import fx
 
 from lightning_autosp.attention.masks import MaskProof, Table, prove_mask, segments
 from lightning_autosp.compiler.capture import Captured, is_size
+from lightning_autosp.compiler.layout import Layout
 from lightning_autosp.compiler.locality import CONTRACTIONS
 from lightning_autosp.compiler.rule import bound
 from lightning_autosp.compiler.written_out import PRODUCTS, SDPA, SOFTMAX, insert, join_written_out
 
-__all__ = ["Region", "join_attention"]
+__all__ = ["Region", "RowRegion", "join_attention", "modes"]
 
 aten = torch.ops.aten
 _REDUCTIONS = {
@@ -66,10 +67,14 @@ class Region:
         return "attention_region"
 
     @property
+    def exits(self) -> list[fx.Node]:
+        """The nodes that compute the values."""
+        return list(self.body.output_node().args[0])  # type: ignore[arg-type]
+
+    @property
     def exit(self) -> fx.Node:
-        """The node that computes the value."""
-        node = self.body.output_node().args[0]
-        assert isinstance(node, fx.Node)
+        """The node that computes the value, of which there is one."""
+        (node,) = self.exits
         return node
 
     @property
@@ -78,6 +83,26 @@ class Region:
 
     def any(self, holds: Callable[[fx.Node], bool]) -> bool:
         return any(holds(node) for node in self.body.nodes if node.op == "call_function")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RowRegion(Region):
+    """A region with several results, each computed row by row (`rowwise.py`).
+
+    Attributes:
+        rows: How each result is cut into rows.
+        tile_rows: Positions of one tile, if that is given.
+    """
+
+    rows: tuple[Layout, ...] = ()
+    tile_rows: int | None = None
+
+    def __repr__(self) -> str:
+        return f"rows of {', '.join(str(node.target) for node in self.exits)}"
+
+    @property
+    def __name__(self) -> str:
+        return "row_region"
 
 
 def join_attention(captured: Captured, can_be_tiled: Callable[[Region], bool]) -> None:
@@ -186,9 +211,9 @@ def _replace(
         if _is_costly(node) and not all(user in cone for user in node.users):
             return
     ordered = [node for node in captured.graph.nodes if node in cone]
-    modes = _modes(captured)
+    mode = modes(captured)
     computed = [node for node in ordered if _is_costly(node) or node is exit_node]
-    if len({modes[node] for node in computed}) > 1 or modes[exit_node][1]:
+    if len({mode[node] for node in computed}) > 1 or mode[exit_node][1]:
         return  # scores and result in different modes, or in an autocast region, which would have to stand within the node
     inputs = dict.fromkeys(source for node in ordered for source in node.all_input_nodes if source not in cone)
     known = [pair for pair in segments(proof) if not {table.node for table in pair} & cone] if proof else []
@@ -203,7 +228,7 @@ def _replace(
         copies[source].meta = dict(source.meta)
     for node in ordered:
         copies[node] = body.node_copy(node, copies.__getitem__)
-    body.output(copies[exit_node])
+    body.output((copies[exit_node],))
     own = [tuple(Table(copies[table.node], table.indices) for table in pair) for pair in known]
     region = Region(body, proof, tuple(own))  # type: ignore[arg-type]
     if not can_be_tiled(region):
@@ -217,17 +242,17 @@ def _replace(
             captured.graph.erase_node(node)
 
 
-def _modes(captured: Captured) -> dict[fx.Node, tuple[bool, int]]:
+def modes(captured: Captured) -> dict[fx.Node, tuple[bool, int]]:
     """Return for every node whether gradients are recorded there, and how many autocast regions it stands in."""
     grad, autocasts = True, 0
-    modes = {}
+    found = {}
     for node in captured.graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             grad = bool(node.args[0])
         autocasts += node.target is torch.amp.autocast_mode._enter_autocast
         autocasts -= node.target is torch.amp.autocast_mode._exit_autocast
-        modes[node] = grad, autocasts
-    return modes
+        found[node] = grad, autocasts
+    return found
 
 
 # Rewrites.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ import torch
 from torch import fx
 
 from lightning_autosp.attention.flash import is_kept
-from lightning_autosp.compiler.regions import Region
+from lightning_autosp.compiler.regions import Region, RowRegion
 from lightning_autosp.compiler.rule import bound
 from lightning_autosp.compiler.written_out import SDPA
 
@@ -86,6 +87,19 @@ class Attention:
 
 
 @dataclass
+class Tiled:
+    """Values that exist only of a few positions at a time: logits, or the inside of an MLP."""
+
+    where: str
+    results: list[str]
+    """What is computed of them."""
+    bytes: int
+    """Of the largest such value, whole."""
+    num_tiles: int
+    """How many a rank computes; 1 if it is small enough to be computed at once, and kept."""
+
+
+@dataclass
 class Crossing:
     """A value of the model that leaves a compiled piece as parts, for what comes behind a graph break."""
 
@@ -126,6 +140,8 @@ class StepReport:
         in_full: Operators of the model that every rank runs on the whole sequence, for want of a rule.
         crossings: Values that leave a piece of a step that is cut as parts.
         attention: Every attention call.
+        tiled: What is computed in tiles beside attention.
+        kept: Logits that are held whole, and what wants them so.
         collectives: `name -> (count, bytes)` a rank and step, forward and backward, as far as they have been compiled.
         memory: What it is predicted to take; `None` if memory is not planned.
         compile_s: Seconds from the captured graph to a callable forward.
@@ -142,6 +158,8 @@ class StepReport:
     in_full: list[Whole] = field(default_factory=list)
     crossings: list[Crossing] = field(default_factory=list)
     attention: list[Attention] = field(default_factory=list)
+    tiled: list[Tiled] = field(default_factory=list)
+    kept: list[Whole] = field(default_factory=list)
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
     memory: MemoryEstimate | None = None
     compile_s: float = 0.0
@@ -174,6 +192,10 @@ class StepReport:
                     entry.in_full.append(_whole(node, emitter, "no rule keeps it sharded"))
             elif touched:
                 entry.num_data += 1
+        entry.tiled = [_tiled(node, emitter) for node in emitter.tile_programs]
+        for node, reader in facts.captured.kept.items():
+            used = _reason([reader]) if reader.op == "output" else f"used by {reader.target} at {user_line(reader)}"
+            entry.kept.append(_whole(node, emitter, used))
         for node, askers in program.gathers:
             entry.gathered.append(_whole(node, emitter, _reason(askers)))
         if emitter.group.size > 1 and not facts.symbols:
@@ -231,6 +253,20 @@ def _attention(node: fx.Node, sharding: Sharding, emitter: Emitter) -> Attention
         kept, proven = [mask] if isinstance(mask, fx.Node) else [], False
         said = said or ("kept" if kept else "")
     return Attention(user_line(node), sharding.note, said, sum(_bytes(one, emitter) for one in kept), proven)
+
+
+def _tiled(node: fx.Node, emitter: Emitter) -> Tiled:
+    target = node.target
+    assert isinstance(target, RowRegion)
+    largest = max(_bytes(one, emitter) for one in target.body.nodes if one.op == "call_function")
+    results = [str(_computed_by(one).target) for one in target.exits]
+    return Tiled(user_line(node), results, largest, emitter.tile_programs[node].num_tiles)
+
+
+def _computed_by(node: fx.Node) -> fx.Node:
+    while node.target in (operator.getitem, torch.ops.aten.detach.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _bytes(node: fx.Node, emitter: Emitter) -> int:
@@ -297,6 +333,10 @@ class Report:
             )
             for count, call in _grouped(_describe(call) for call in step.attention):
                 rows.append(("  attention", f"{count} x {call}"))
+            for count, text in _grouped(_describe_tiled(one) for one in step.tiled):
+                rows.append(("  in tiles", f"{count} x {text}"))
+            for whole in step.kept:
+                rows.append(("  logits are kept", f"{whole.name} at {whole.where}, {whole.bytes / MiB:.2f} MiB: {whole.reason}"))
             for name, (count, size) in step.collectives.items():
                 rows.append(("  collective", f"{count} x {name}, {size / MiB:.2f} MiB a rank"))
             if step.memory is not None:
@@ -334,6 +374,11 @@ class Report:
 def _describe(call: Attention) -> str:
     kept = f" ({call.mask_bytes / MiB:.2f} MiB)" if call.mask_bytes else ""
     return f"{call.method} at {call.where}" + (f", mask: {call.mask}{kept}" if call.mask else "")
+
+
+def _describe_tiled(one: Tiled) -> str:
+    tiles = f"{one.num_tiles} tiles" if one.num_tiles > 1 else "at once, being small"
+    return f"{', '.join(one.results)} at {one.where}, {tiles}, of values of {one.bytes / MiB:.2f} MiB"
 
 
 def _grouped(texts: Iterable[str]) -> list[tuple[int, str]]:

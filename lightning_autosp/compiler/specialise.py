@@ -20,7 +20,7 @@ from lightning_autosp.attention.flash import keep_whole
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler import rules
 from lightning_autosp.compiler.backend import CompileBackend, OnGraph, Partition, compile_module
-from lightning_autosp.compiler.capture import Captured, capture
+from lightning_autosp.compiler.capture import Captured, capture, memory_of
 from lightning_autosp.compiler.crossing import EagerMarks, PartTensor, Placement, placement_of
 from lightning_autosp.compiler.demand import make_plan
 from lightning_autosp.compiler.emit import Emitter, Program
@@ -28,6 +28,7 @@ from lightning_autosp.compiler.layout import ShardTooShortError, Span
 from lightning_autosp.compiler.plan import Plan
 from lightning_autosp.compiler.regions import join_attention
 from lightning_autosp.compiler.report import Crossing, Report, StepReport
+from lightning_autosp.compiler.rowwise import local_regions, tile, tile_losses
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.tiling import can_be_tiled
 from lightning_autosp.memory.meter import LiveBytes
@@ -68,6 +69,8 @@ class Compiler:
         pieces: Whether graphs are pieces of a step that is cut: what they compute as parts they hand on as parts (`PartTensor`).
         memory: How memory is planned; `None`: PyTorch's own partitioner, and nothing is estimated.
         meter: Counts the bytes that programs take.
+        tile_local: Positions of a tile in which what is wide between two products (an MLP) is computed, and computed again in
+            backward; `None`: it is computed at once and kept.
     """
 
     mesh: DeviceMesh
@@ -81,6 +84,7 @@ class Compiler:
     pieces: bool = False
     memory: MemoryOptions | None = None
     meter: LiveBytes | None = None
+    tile_local: int | None = None
 
     def __post_init__(self) -> None:
         keep_whole()
@@ -95,6 +99,10 @@ class Compiler:
             self.report.notes.append(f"{self.kind}: a piece runs in full, because {error}")
             return gm.forward
         join_attention(captured, functools.partial(can_be_tiled, captured, rules.find))
+        tile_losses(captured, rules.find)
+        if self.tile_local is not None:
+            for region in local_regions(captured, rules.find):
+                tile(captured, rules.find, region, self.tile_local)
         self.report.num_graphs[self.kind] = self.report.num_graphs.get(self.kind, 0) + 1
         return LoweredStep(captured, self)
 
@@ -291,7 +299,7 @@ def _returned(emitter: Emitter) -> list[_Returned]:
     facts, found = emitter.facts, []
     returned = [(index, node) for index, node in enumerate(results[0]) if isinstance(node, fx.Node) and _is_tensor(node)]
     seen = {node for _, node in returned} | {node for node in emitter.plan.captured.placeholders if _is_tensor(node)}
-    owners = Counter(_memory(node) for node in seen)
+    owners = Counter(memory_of(node) for node in seen)
     for index, node in returned:
         shape = tuple(emitter.integer(size) for size in facts.shape(node))
         layout, placement, crossing = emitter.plan.returned[node], None, None
@@ -299,18 +307,12 @@ def _returned(emitter: Emitter) -> list[_Returned]:
             outer, inner = emitter.integer(layout.outer), emitter.integer(layout.inner)
             placement = Placement(layout.dim, outer, inner, layout.span.begin, layout.span.end)
             crossing = Crossing.of(node, emitter)
-        found.append(_Returned(index, facts.sequence_dims(node), shape, placement, crossing, owners[_memory(node)] > 1))
+        found.append(_Returned(index, facts.sequence_dims(node), shape, placement, crossing, owners[memory_of(node)] > 1))
     return found
 
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
-
-
-def _memory(node: fx.Node) -> int:
-    """Return what the values of nodes have in common that share memory."""
-    memory: int = node.meta["val"].untyped_storage()._cdata
-    return memory
 
 
 @contextlib.contextmanager

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
 from lightning_autosp.attention import tiles
 from lightning_autosp.attention.masks import Table, column_bounds
-from lightning_autosp.attention.tiles import Cut, Lookup, Segments, TileProgram
+from lightning_autosp.attention.tiles import Cut, Lookup, Result, Rows, Segments, TileProgram
 from lightning_autosp.compiler.capture import Captured, is_size
 from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.locality import is_pointwise
@@ -29,7 +30,18 @@ from lightning_autosp.compiler.rules.generic import broadcast_needs
 from lightning_autosp.compiler.rules.random import is_random
 from lightning_autosp.compiler.written_out import SDPA
 
-__all__ = ["Key", "attention_rows", "can_be_tiled", "row_layout", "trace", "write_tile"]
+__all__ = [
+    "Key",
+    "attention_rows",
+    "can_be_tiled",
+    "complete",
+    "inputs_cut",
+    "needs_of",
+    "row_layout",
+    "seed",
+    "trace",
+    "write_tile",
+]
 
 aten = torch.ops.aten
 Key = tuple[fx.Node, tuple[Form, ...]]
@@ -41,11 +53,11 @@ _SIZED = {aten.expand.default, aten.expand_as.default} | views.VIEWS | factories
 
 def row_layout(facts: Facts, region: Region) -> Layout:
     """Return the cut of a region's value into rows."""
-    (dim,) = _complete(facts).sequence_dims(region.exit)
+    (dim,) = complete(facts).sequence_dims(region.exit)
     return Layout(dim, span_of(facts.shape(region.exit)[dim]))
 
 
-def _complete(facts: Facts) -> Facts:
+def complete(facts: Facts) -> Facts:
     """Return the facts that regions were found by: also a sequence that is not cut has rows, and one rank has tiles."""
     captured = facts.captured
     if facts.symbols == captured.symbols and facts.mesh.size() > 1:
@@ -80,21 +92,21 @@ def can_be_tiled(captured: Captured, find: Rule, region: Region) -> bool:
     return trace(facts, region, (row_layout(facts, region), None, None)) is not None
 
 
-def trace(facts: Facts, region: Region, wanted: tuple[Form, ...]) -> dict[Key, dict[fx.Node, tuple[Form, ...]]] | None:
-    """Find how every value of a region is cut if its result is.
+def trace(facts: Facts, region: Region, *wanted: tuple[Form, ...]) -> dict[Key, dict[fx.Node, tuple[Form, ...]]] | None:
+    """Find how every value of a region is cut if its results are.
 
     Args:
         facts: What is known of the graph.
         region: The region.
-        wanted: How its result is cut, axis by axis. Axes are independent of each other. Of three, the first and the last are rows
-            and columns of tiles, which views must not merge with other dimensions.
+        wanted: How each result is cut, axis by axis. Axes are independent of each other. Of three, the first and the last are rows
+            and columns of tiles, which views must not merge with other dimensions; a single one they may.
 
     Returns:
         For every value that is computed or read, how its inputs are cut, in the order they can be computed; `None` if a part of the
-        result needs more than parts.
+        results needs more than parts.
     """
     found: dict[Key, dict[fx.Node, tuple[Form, ...]]] = {}
-    pending = [(region.exit, wanted)]
+    pending = list(zip(region.exits, wanted, strict=True))
     while pending:
         key = pending.pop()
         node, forms = key
@@ -103,7 +115,7 @@ def trace(facts: Facts, region: Region, wanted: tuple[Form, ...]) -> dict[Key, d
         found[key] = {}
         if node.op == "placeholder":
             continue
-        axes = [_inputs(facts, node, form) for form in forms]
+        axes = [inputs_cut(facts, node, form) for form in forms]
         for source in tensor_inputs(_operator(node)):
             cut: list[Form] = []
             for axis in axes:
@@ -114,7 +126,7 @@ def trace(facts: Facts, region: Region, wanted: tuple[Form, ...]) -> dict[Key, d
         if any(axis is None for axis in axes):
             return None
         rows_and_columns = (form for cut in found[key].values() for form in (*cut[:1], *cut[2:]))
-        if any(form is not None and form.merged for form in rows_and_columns) and len(wanted) > 1:
+        if any(form is not None and form.merged for form in rows_and_columns) and len(forms) > 1:
             return None  # a range of rows is no range of what they are merged with
         pending += found[key].items()
     order = {node: index for index, node in enumerate(region.body.nodes)}
@@ -128,7 +140,7 @@ def _operator(node: fx.Node) -> fx.Node:
     return source
 
 
-def _inputs(facts: Facts, node: fx.Node, wanted: Form) -> dict[fx.Node, Layout] | None:
+def inputs_cut(facts: Facts, node: fx.Node, wanted: Form) -> dict[fx.Node, Layout] | None:
     """Return which inputs to cut, and how, so that the operator gives that part of its result; `None` if it does not."""
     if wanted is None:
         return {}
@@ -220,52 +232,95 @@ def _attention_inputs(facts: Facts, node: fx.Node, wanted: Layout) -> dict[fx.No
     return needs
 
 
+def needs_of(facts: Facts, node: fx.Node, *wanted: Layout) -> dict[fx.Node, Layout] | None:
+    """Return which inputs of the node of a region are needed as parts for parts of its results; `None` if parts do not do."""
+    region = node.target
+    assert isinstance(region, Region)
+    traced = trace(facts, region, *((layout,) for layout in wanted))
+    if traced is None:
+        return None
+    inputs = dict(zip(region.placeholders, node.args, strict=False))
+    needs: dict[fx.Node, Form] = {}
+    for source, (form,) in traced:
+        if source.op == "placeholder" and source in inputs:
+            given = inputs[source]
+            assert isinstance(given, fx.Node)
+            if needs.setdefault(given, form) != form:
+                return None  # wanted in two forms
+    return {source: form for source, form in needs.items() if form is not None}
+
+
 def write_tile(
-    em: Any, region: Region, forms: tuple[Form, ...], shape: list[int], own_heads: int = 0
+    em: Any,
+    region: Region,
+    wanted: Sequence[tuple[Form, ...]],
+    shapes: Sequence[list[int]],
+    num_rows: int,
+    own_heads: int = 0,
+    most_heads: int = 0,
+    tile_rows: int | None = None,
 ) -> tuple[TileProgram, list[tuple[int, int | None]]]:
-    """Write the program that computes a range of rows of a region's result.
+    """Write the program that computes a range of rows of a region's results.
 
     Args:
         em: The emitter; knows sizes.
         region: The region.
-        forms: How its result is cut: rows, heads (`None`: not), columns (`None`: a tile has all).
-        shape: Of the result on this rank.
+        wanted: How each result is cut: rows and, if there are three axes, heads (`None`: not) and columns (`None`: a tile has all).
+        shapes: Of the results on this rank.
+        num_rows: The most rows a rank has.
         own_heads: Heads on this rank.
+        most_heads: The most a rank has.
+        tile_rows: Rows of one range; `None`: as many as `TILE_ELEMENTS` lets.
 
     Returns:
         The program, and for each of its inputs which of the region's it is and the dimension of its heads, if they are cut.
     """
-    facts = _complete(em.facts)
-    traced = trace(facts, region, forms)
+    facts = complete(em.facts)
+    traced = trace(facts, region, *wanted)
     assert traced is not None
-    rows, heads, columns = forms
-    assert rows is not None
+    columns = wanted[0][2] if len(wanted[0]) > 2 else None
     graph = fx.Graph()
     numbers = {"rows": graph.placeholder("num_rows"), "columns": graph.placeholder("num_columns")}
     placeholders = region.placeholders
     inputs: list[tuple[int, int | None]] = []
     cuts: list[Cut] = []
     env: dict[Key, Any] = {}
-    largest = 1
+    per_row = 1  # elements of the largest value
 
-    def local_shape(node: fx.Node, cut: tuple[Form, ...]) -> list[Any]:
+    def rows_of(layout: Layout) -> Rows:
+        return Rows(layout.dim, em.integer(layout.outer), em.integer(layout.inner))
+
+    def axes(cut: tuple[Form, ...]) -> tuple[Form, Form, Form]:
+        rows, heads, columns = (*cut, None, None)[:3]
+        return rows, heads, columns
+
+    def tile_shape(node: fx.Node, cut: tuple[Form, ...], rows: Any, columns: Any, heads: int) -> list[Any]:
         sizes: list[Any] = [em.integer(size) for size in facts.shape(node)]
-        by_rows, by_heads, by_columns = cut
+        by_rows, by_heads, by_columns = axes(cut)
         if by_heads is not None:
-            sizes[by_heads.dim] = em.integer(by_heads.outer) * own_heads * em.integer(by_heads.inner)
+            sizes[by_heads.dim] = em.integer(by_heads.outer) * heads * em.integer(by_heads.inner)
         if by_rows is not None:
-            sizes[by_rows.dim] = numbers["rows"]
-        if by_columns is not None:
-            sizes[by_columns.dim] = numbers["columns"]
+            around = em.integer(by_rows.outer * by_rows.inner)
+            sizes[by_rows.dim] = rows if around == 1 else rows * around
+        if by_columns is not None and by_columns.dim < len(sizes):
+            sizes[by_columns.dim] = columns
+        return sizes
+
+    def sized(node: fx.Node, cut: tuple[Form, ...]) -> list[Any]:
+        around = em.integer(cut[0].outer * cut[0].inner) if cut[0] is not None else 1
+        rows = numbers["rows"] if around == 1 else graph.call_function(operator.mul, (numbers["rows"], around))
+        sizes = tile_shape(node, cut, 1, numbers["columns"], own_heads)
+        if cut[0] is not None:
+            sizes[cut[0].dim] = rows
         return sizes
 
     for key, needs in traced.items():
         node, cut = key
         if node.op == "placeholder":
-            by_rows, by_heads, by_columns = cut
+            by_rows, by_heads, by_columns = axes(cut)
             env[key] = graph.placeholder(f"input_{len(inputs)}")
             inputs.append((placeholders.index(node), None if by_heads is None else by_heads.dim))
-            cuts.append(Cut(None if by_rows is None else by_rows.dim, None if by_columns is None else by_columns.dim))
+            cuts.append(Cut(None if by_rows is None else rows_of(by_rows), None if by_columns is None else by_columns.dim))
             continue
 
         def one(source: fx.Node, needs: Mapping[fx.Node, tuple[Form, ...]] = needs) -> Any:
@@ -275,7 +330,7 @@ def write_tile(
         args, kwargs = fx.map_arg((made.args, made.kwargs), one)
         value: Any
         if made.target in _SIZED:
-            sizes = local_shape(node, cut)
+            sizes = sized(node, cut)
             if made.target in factories.RULES:
                 index = [argument.name for argument in made.target._schema.arguments].index("size")  # type: ignore[union-attr]
                 value = graph.call_function(made.target, (*args[:index], sizes, *args[index + 1 :]), kwargs)  # type: ignore[arg-type]
@@ -289,11 +344,10 @@ def write_tile(
         if node is not made:
             value = graph.call_function(operator.getitem, (value, node.args[1]))
         env[key] = value
-        if len(facts.sequence_dims(node)) > 1:
-            sizes = local_shape(node, cut)
-            known = [size for size in sizes if isinstance(size, int)]
-            width = em.integer(facts.shape(node)[cut[2].dim]) if cut[2] is not None else 1
-            largest = max(largest, width * int(torch.Size(known).numel()))
+        by_rows, _, by_columns = axes(cut)
+        if by_rows is not None:
+            most_columns = 0 if by_columns is None else em.integer(by_columns.size)
+            per_row = max(per_row, int(torch.Size(tile_shape(node, cut, 1, most_columns, most_heads)).numel()))
     by_segments: list[Segments] = []
     if columns is not None and region.segments:
         mask = region.exit.args[3]
@@ -310,23 +364,47 @@ def write_tile(
             return Lookup(inputs.index(place), tuple(tuple(map(em.integer, numbers)) for numbers in forms))
 
         by_segments = [Segments(lookup(rows), lookup(columns), pairs) for rows, columns in region.segments]
-    graph.output(env[region.exit, forms])
-    tile_rows = max(1, tiles.TILE_ELEMENTS // largest)
-    proof = region.proof
+    graph.output(tuple(env[key] for key in zip(region.exits, wanted, strict=True)))
+    if tile_rows is None:
+        tile_rows = max(1, tiles.TILE_ELEMENTS // per_row)
+        tile_rows -= tile_rows % 64 if tile_rows > 64 else 0
+    proof, differentiable = region.proof, _differentiable(region)
+    results = [
+        Result(tuple(shape), node.meta["val"].dtype, rows_of(forms[0]), node in differentiable)  # type: ignore[arg-type]
+        for node, forms, shape in zip(region.exits, wanted, shapes, strict=True)
+    ]
+    rows, around = results[0].rows, results[0].rows.outer * results[0].rows.inner
     program = TileProgram(
         module=fx.GraphModule({}, graph),
         cuts=tuple(cuts),
-        shape=tuple(shape),
-        dtype=region.exit.meta["val"].dtype,
-        row_dim=rows.dim,
+        results=tuple(results),
+        num_rows=results[0].shape[rows.dim] // around,
         num_columns=0 if columns is None else em.integer(columns.size),
-        tile_rows=tile_rows - tile_rows % 64 if tile_rows > 64 else tile_rows,
+        tile_rows=tile_rows,
+        largest=per_row * min(tile_rows, num_rows),
+        inlined=num_rows <= tile_rows,
         columns=column_bounds(proof, em.sizes) if proof is not None and columns is not None else None,
         segments=tuple(by_segments),
         random=region.any(is_random),
-        autocast=_autocast(region.exit.meta["val"].device.type),
+        autocast=_autocast(region.exits[0].meta["val"].device.type),
     )
     return program, inputs
+
+
+def seed(em: Any, program: TileProgram) -> tuple[fx.Node, ...]:
+    """Emit the first argument of `run_tiles` for a program that draws random numbers."""
+    return (em.call(aten.randint.default, (2**62, []), {"dtype": torch.int64}),) if program.random else ()
+
+
+def _differentiable(region: Region) -> set[fx.Node]:
+    """Return the values of a region from which a gradient goes on to an input."""
+    found: set[fx.Node] = set()
+    for node in region.body.nodes:
+        leaves = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
+        reached = node.op == "placeholder" or any(source in found for source in node.all_input_nodes)
+        if reached and node.target is not aten.detach.default and any(leaf.is_floating_point() for leaf in leaves):
+            found.add(node)
+    return found
 
 
 def _autocast(device: str) -> tuple[str, torch.dtype, bool]:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import fx
 
 from lightning_autosp.attention.flash import is_kept
-from lightning_autosp.compiler.regions import Region
+from lightning_autosp.compiler.emit import Emitter
+from lightning_autosp.compiler.regions import Region, RowRegion
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding
 from lightning_autosp.compiler.rules import (
     attention,
@@ -25,6 +26,7 @@ from lightning_autosp.compiler.rules import (
     positions,
     random,
     reductions,
+    rows,
     scans,
     statistics,
     views,
@@ -33,7 +35,7 @@ from lightning_autosp.compiler.rules import (
 )
 from lightning_autosp.compiler.rules.generic import generic
 
-__all__ = ["find"]
+__all__ = ["emit_region", "find"]
 
 _families: dict[Any, Rule] = {
     **views.RULES,
@@ -56,6 +58,8 @@ _families: dict[Any, Rule] = {
 
 def find(facts: Facts, node: fx.Node) -> Sharding | None:
     """Return how to compute `node` from shards, or `None` if that is not known."""
+    if isinstance(node.target, RowRegion):
+        return rows.rows(facts, node)
     rule = _families.get(node.target, generic)
     if isinstance(node.target, Region):
         rule = attention.region
@@ -64,3 +68,8 @@ def find(facts: Facts, node: fx.Node) -> Sharding | None:
     if experts.takes_routed(facts, node):
         return experts.routed(facts, node, rule)
     return experts.route(facts, node) or rule(facts, node)
+
+
+def emit_region(em: Emitter, node: fx.Node) -> fx.Node:
+    """Compute a region from whole inputs."""
+    return rows.emit_rows(em, node) if isinstance(node.target, RowRegion) else attention.emit_region(em, node)

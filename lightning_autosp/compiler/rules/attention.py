@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import sympy
@@ -19,7 +20,7 @@ from lightning_autosp.compiler.regions import Region
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
 from lightning_autosp.compiler.rules.generic import broadcast_needs
 from lightning_autosp.compiler.rules.views import VIEWS, through_view
-from lightning_autosp.compiler.tiling import attention_rows, row_layout, trace, write_tile
+from lightning_autosp.compiler.tiling import attention_rows, needs_of, row_layout, seed, write_tile
 from lightning_autosp.compiler.written_out import SDPA
 
 __all__ = ["RULES", "emit_region", "region"]
@@ -151,16 +152,12 @@ def _emit_tiles(em: Emitter, node: fx.Node, parts: tuple[Any, ...], lengths: tup
     assert isinstance(target, Region)
     shape = [em.integer(size) for size in facts.shape(node)]
     shape[-3] = -(-shape[-3] // em.group.size)
-    program, inputs = write_tile(em, target, attention_rows(facts, target), shape, shape[-3])
+    program, inputs = write_tile(em, target, [attention_rows(facts, target)], [shape], shape[-2], shape[-3], shape[-3])
     roles = [target.placeholders.index(target.exit.args[i]) for i in range(3)]  # type: ignore[arg-type]
     others = list(dict.fromkeys(index for index, _ in inputs if index not in roles))
     places = tuple((roles.index(i) if i in roles else 3 + others.index(i), dim) for i, dim in inputs)
     values = tuple(em.get(node.args[index], None) for index in others)
-    return em.call(ulysses_tiles, (*parts, values, places, program.handle, _seed(em, program.random), *lengths))
-
-
-def _seed(em: Emitter, random: bool) -> tuple[fx.Node, ...]:
-    return (em.call(aten.randint.default, (2**62, []), {"dtype": torch.int64}),) if random else ()
+    return em.call(ulysses_tiles, (*parts, values, places, program.handle, seed(em, program), *lengths))
 
 
 def region(facts: Facts, node: fx.Node) -> Sharding | None:
@@ -176,12 +173,12 @@ def region(facts: Facts, node: fx.Node) -> Sharding | None:
     # Samples last: a part of the samples would stay one through all that follows, and a batch may have few.
     heads.sort(key=lambda layout: (layout.dim == 0 and layout.outer == 1, int(layout.span.base) % ranks != 0, layout.dim))
     for wanted, said in [*((layout, "parts of heads, in tiles") for layout in heads), (rows, "parts of rows, in tiles")]:
-        needs = _needs(facts, node, wanted)
+        needs = needs_of(facts, node, wanted)
         if needs is None:
             continue
 
         def emit(em: Emitter, n: fx.Node, wanted: Layout = wanted, needs: dict[fx.Node, Layout] = needs) -> fx.Node:
-            return _emit_alone(em, n, None if wanted == rows else wanted, em.local_shape(n, wanted), needs)
+            return _emit_alone(em, n, wanted, needs)
 
         return Sharding(needs, wanted, emit, kind="attention", note=said)
     return None
@@ -199,40 +196,26 @@ def _merged_heads(facts: Facts, target: Region) -> list[Layout]:
     return [layout for layout in found if layout.merged]
 
 
-def _needs(facts: Facts, node: fx.Node, wanted: Layout) -> dict[fx.Node, Layout] | None:
-    """Return which of a region's inputs are needed as parts for a part of its value."""
-    assert isinstance(node.target, Region)
-    traced = trace(facts, node.target, (wanted,))
-    if traced is None:
-        return None
-    inputs = dict(zip(node.target.placeholders, node.args, strict=False))
-    needs: dict[fx.Node, Form] = {}
-    for source, (form,) in traced:
-        if source.op == "placeholder" and source in inputs:
-            given = inputs[source]
-            assert isinstance(given, fx.Node)
-            if needs.setdefault(given, form) != form:
-                return None  # wanted in two forms
-    return {source: form for source, form in needs.items() if form is not None}
-
-
 def emit_region(em: Emitter, node: fx.Node) -> fx.Node:
     """Compute a region from whole inputs."""
-    return _emit_alone(em, node, None, [em.integer(size) for size in em.facts.shape(node)], {})
+    return _emit_alone(em, node, None, {})
 
 
-def _emit_alone(em: Emitter, node: fx.Node, heads: Form, shape: list[int], needs: dict[fx.Node, Layout]) -> fx.Node:
+def _emit_alone(em: Emitter, node: fx.Node, part: Form, needs: dict[fx.Node, Layout]) -> fx.Node:
     target = node.target
     assert isinstance(target, Region)
-    if target.exit.target is SDPA:
-        rows, _, columns = attention_rows(em.facts, target)
-        forms: tuple[Form, ...] = (rows, None, columns)
-    else:
-        forms = (row_layout(em.facts, target), heads, None)
-    own = 0 if heads is None else em.local_length(heads)
-    program, inputs = write_tile(em, target, forms, shape, own)
+    alone = (row_layout(em.facts, target), None, None) if target.exit.target is not SDPA else None
+    rows, _, columns = alone or attention_rows(em.facts, target)
+    assert rows is not None
+    shape = [em.integer(size) for size in em.facts.shape(node)] if part is None else em.local_shape(node, part)
+    num_rows, own, most = em.integer(rows.size), 0, 0
+    if part == rows:
+        num_rows, part = max(em.lengths(rows)), None
+    elif part is not None:
+        own, most = em.local_length(part), max(em.lengths(part))
+    program, inputs = write_tile(em, target, [(rows, part, columns)], [shape], num_rows, own, most)
     values = (em.get(node.args[index], needs.get(node.args[index])) for index, _ in inputs)  # type: ignore[arg-type]
-    return em.call(run_tiles, (program.handle, *_seed(em, program.random), *values))
+    return em.call(operator.getitem, (em.call(run_tiles, (program.handle, *seed(em, program), *values)), 0))
 
 
 def _by_sample(facts: Facts, given: dict[str, Any], layout: Layout) -> Sharding | None:

@@ -20,7 +20,7 @@ from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound, tensor_
 from lightning_autosp.compiler.rules.generic import broadcast_needs, pointwise
 from lightning_autosp.compiler.rules.partial import finish_partial
 
-__all__ = ["RULES", "sharded_cross_entropy", "sharded_nll_loss"]
+__all__ = ["CLASSIFICATION", "ELEMENTWISE", "MEAN", "NONE", "RULES", "sharded_cross_entropy", "sharded_nll_loss"]
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1
@@ -43,7 +43,8 @@ def classification(facts: Facts, node: fx.Node) -> Sharding | None:
         return None
     needs = {scores: layout, target: target_layout}
     smoothing = given.get("label_smoothing", 0.0)
-    out = None if given["reduction"] != NONE else layout.at(layout.dim - (layout.dim > class_dim))
+    if given["reduction"] == NONE:
+        return Sharding(needs, layout.at(layout.dim - (layout.dim > class_dim)))
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
         local = [em.get(value, needs[value]) for value in (scores, target)]
@@ -54,7 +55,7 @@ def classification(facts: Facts, node: fx.Node) -> Sharding | None:
         args = (*local, weight, given["reduction"], given["ignore_index"], em.group)
         return em.call(sharded_nll_loss, args)
 
-    return Sharding(needs, out, emit, kind="loss", note=f"reduction={_REDUCTION[given['reduction']]!r}")
+    return Sharding(needs, None, emit, kind="loss", note=f"reduction={_REDUCTION[given['reduction']]!r}")
 
 
 def sharded_cross_entropy(
@@ -72,24 +73,22 @@ def sharded_cross_entropy(
         scores: Unnormalised scores, shape `(N, C)`, `(N, C, d1, ...)` or `(C,)`: this rank's positions.
         target: Class indices, shape of `scores` without `C`, or probabilities, shape of `scores`.
         weight: Class weights, shape `(C,)`, or `None`.
-        reduction: 0 none, 1 mean, 2 sum, as ATen counts them.
+        reduction: 1 mean, 2 sum, as ATen counts them.
         ignore_index: The index that does not count.
         label_smoothing: In `[0, 1]`.
         group: The sequence group.
 
     Returns:
-        The one-device value: a scalar equal on all ranks, or this rank's positions for reduction "none".
+        The one-device value: a scalar equal on all ranks.
     """
     total = F.cross_entropy(
         scores,
         target,
         weight,
-        reduction="none" if reduction == NONE else "sum",
+        reduction="sum",
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
-    if reduction == NONE:
-        return total
     if target.is_floating_point():
         counted = total.new_full((), target.numel() / target.shape[1 if target.ndim > 1 else 0], dtype=torch.float64)
     else:
@@ -101,9 +100,8 @@ def sharded_nll_loss(
     log_probabilities: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, group: Group
 ) -> Tensor:
     """`F.nll_loss` over positions that are split over the ranks of `group`; arguments as `sharded_cross_entropy`."""
-    mode = "none" if reduction == NONE else "sum"
-    total = F.nll_loss(log_probabilities, target, weight, reduction=mode, ignore_index=ignore_index)
-    return total if reduction == NONE else _finish(total, _counted(target, weight, ignore_index), reduction, group)
+    total = F.nll_loss(log_probabilities, target, weight, reduction="sum", ignore_index=ignore_index)
+    return _finish(total, _counted(target, weight, ignore_index), reduction, group)
 
 
 def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -139,23 +137,22 @@ def elementwise(facts: Facts, node: fx.Node) -> Sharding | None:
     return finished and replace(finished, kind="loss", note=f"reduction={_REDUCTION[reduction]!r}")
 
 
-RULES: dict[Any, Rule] = {
-    aten.cross_entropy_loss.default: classification,
-    aten.nll_loss_nd.default: classification,
-    aten.nll_loss.default: classification,
-    aten.nll_loss2d.default: classification,
-    **dict.fromkeys(
-        [
-            aten.mse_loss.default,
-            aten.l1_loss.default,
-            aten.smooth_l1_loss.default,
-            aten.huber_loss.default,
-            aten.binary_cross_entropy.default,
-            aten.binary_cross_entropy_with_logits.default,
-            aten.kl_div.default,
-            aten.soft_margin_loss.default,
-            aten.poisson_nll_loss.default,
-        ],
-        elementwise,
-    ),
+CLASSIFICATION = {
+    aten.cross_entropy_loss.default,
+    aten.nll_loss_nd.default,
+    aten.nll_loss.default,
+    aten.nll_loss2d.default,
 }
+ELEMENTWISE = {
+    aten.mse_loss.default,
+    aten.l1_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.huber_loss.default,
+    aten.binary_cross_entropy.default,
+    aten.binary_cross_entropy_with_logits.default,
+    aten.kl_div.default,
+    aten.soft_margin_loss.default,
+    aten.poisson_nll_loss.default,
+}
+
+RULES: dict[Any, Rule] = {**dict.fromkeys(CLASSIFICATION, classification), **dict.fromkeys(ELEMENTWISE, elementwise)}
