@@ -113,10 +113,16 @@ class _Capturing(Compiler):
     found: list[tuple[LoweredStep, dict[sympy.Symbol, int]]] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        # To ask a traced size for its number would fix it.
+        examples = [_hint(_compat.example_of(node)) for node in gm.graph.find_nodes(op="placeholder")]
         step = super().__call__(gm, example_inputs)
         assert isinstance(step, LoweredStep)
-        self.found.append((step, step.sizes(example_inputs)))
+        self.found.append((step, {symbol: int(size) for symbol, size in step.sizes(examples).items()}))
         raise _Captured
+
+
+def _hint(value: Any) -> Any:
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
 
 
 class _PlannedParameters:
