@@ -7,20 +7,23 @@ what it computes again included; `Schedule.peaks` walks it and counts the storag
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lightning_autosp.memory.costs import workspace_bytes
+from lightning_autosp.memory.costs import cost, is_attention, is_view, workspace_bytes
 
 __all__ = ["Joint", "Memory", "Peak", "Schedule"]
 
 aten = torch.ops.aten
-OFFLOADED = "offloaded"
+
+STALE = 3
+"""So many costly operators later a cheap value is computed once more rather than kept."""
 
 Storages = dict[int, int]
 """`storage -> bytes`."""
@@ -90,10 +93,11 @@ class Memory:
             resident: Storages that are not counted: parameters, inputs that the caller holds.
             collect: Whether to note what is alive at the peak.
         """
-        last: dict[int, int] = {}
+        made, used = self._versions(order)
+        last: dict[Any, int] = {}
         held: list[tuple[int, fx.Node]] = []
         for position, node in enumerate(order):
-            for key in self.used[node]:
+            for key in used[position]:
                 last[key] = position
             if node in self.items:
                 held.append((position, node))
@@ -102,17 +106,19 @@ class Memory:
             index = {node: position for position, node in enumerate(order)}
             for position, node in held:
                 behind = max((index.get(item, position) for item in self.items[node]), default=position)
-                for key in self.made[node]:
+                for key in made[position]:
                     last[key] = max(last[key], behind)
-        free: dict[int, list[int]] = {}
+        free: dict[int, list[Any]] = {}
         for key, position in last.items():
             if key not in outputs and key not in resident:
                 free.setdefault(position, []).append(key)
-        alive = {key: size for key, size in inputs.items() if key not in resident and (key in last or key in outputs)}
+        alive: dict[Any, int] = {
+            key: size for key, size in inputs.items() if key not in resident and (key in last or key in outputs)
+        }
         current = sum(alive.values())
         best, where, at_peak, space = current, None, dict(alive) if collect else {}, 0
         for position, node in enumerate(order):
-            for key, size in self.made[node].items():
+            for key, size in made[position].items():
                 if key not in alive and key not in resident:
                     alive[key] = size
                     current += size
@@ -123,7 +129,30 @@ class Memory:
                     at_peak = dict(alive)
             for key in free.get(position, ()):
                 current -= alive.pop(key, 0)
-        return Peak(best, where, at_peak, space, current)
+        first: Storages = {}
+        for key, size in at_peak.items():
+            name = key[0] if isinstance(key, tuple) else key
+            first[name] = first.get(name, 0) + size
+        return Peak(best, where, first, space, current)
+
+    def _versions(self, order: Sequence[fx.Node]) -> tuple[list[dict[Any, int]], list[Sequence[Any]]]:
+        """Return what each operator makes and uses. One that runs again makes storages of its own each time."""
+        if len(set(order)) == len(order):
+            return [self.made[node] for node in order], [self.used[node] for node in order]
+        held: dict[fx.Node, dict[int, Any]] = {}
+        runs: Counter[fx.Node] = Counter()
+        made: list[dict[Any, int]] = []
+        used: list[Sequence[Any]] = []
+        for node in order:
+            given: dict[int, Any] = {}
+            for source in node.all_input_nodes:
+                given |= held[source] if source in held else {key: key for key in self.made[source]}
+            run = runs[node]
+            held[node] = {key: given.get(key, (key, run) if run else key) for key in self.made[node]}
+            runs[node] += 1
+            made.append({held[node][key]: size for key, size in self.made[node].items()})
+            used.append(tuple(dict.fromkeys((*given.values(), *held[node].values()))))
+        return made, used
 
 
 class Joint:
@@ -287,9 +316,77 @@ class Schedule:
     saved: list[fx.Node]
     offloaded: frozenset[fx.Node] = field(default_factory=frozenset)
 
+    def refreshed(self) -> Schedule:
+        """Return the schedule in which cheap values do not wait for their next use, but are computed once more before it.
+
+        Without, whatever backward computes again exists once, and what a layer first made (the float32 copies of a norm)
+        waits until the rest of the layer has been differentiated.
+        """
+        fresh = self._fresh()
+        order: list[fx.Node] = []
+        made_at: dict[fx.Node, int] = {}
+        costly = 0
+
+        def provide(node: fx.Node) -> None:
+            for source in node.all_input_nodes:
+                if source in fresh and costly - made_at.get(source, -STALE) >= STALE:
+                    provide(source)
+                    made_at[source] = costly
+                    order.append(source)
+
+        for node in self.backward:
+            if node not in fresh:
+                provide(node)
+                order.append(node)
+                costly += not self._is_cheap(node)
+        for grad in self.joint.grads:
+            if grad in fresh and grad not in made_at:
+                provide(grad)
+                order.append(grad)
+        return replace(self, backward=order)
+
+    def _is_cheap(self, node: fx.Node) -> bool:
+        return is_view(node) or not (cost(node).flops or cost(node).sent or is_attention(node) or self.joint.memory.workspace[node])
+
+    def _fresh(self) -> set[fx.Node]:
+        """Return the values that are no more to keep alive than what they are computed from."""
+        joint, memory = self.joint, self.joint.memory
+        again = [node for node in self.recomputed if node not in memory.items and node.target is not operator.getitem]
+        cheap = {node for node in again if self._is_cheap(node) and not is_random(node) and not is_mutation(node)}
+        alive = set(self.saved) | set(joint.primals)
+        demanded = {source for node in self.backward if node not in cheap for source in node.all_input_nodes}
+
+        def size(node: fx.Node) -> int:
+            given = {key for source in node.all_input_nodes for key in memory.made[source]}
+            return sum(size for key, size in memory.made[node].items() if key not in given)
+
+        memo: dict[fx.Node, int] = {}
+
+        def to_provide(node: fx.Node) -> int:
+            """Bytes that have to stay alive, which would not otherwise, so that the value can be computed at any time."""
+            if node in alive or node in demanded or node in joint.backward:
+                return 0
+            if node not in memo:
+                own = size(node) if node in cheap else sum(memory.made[node].values())
+                inside = sum(map(to_provide, node.all_input_nodes)) if node in cheap else own
+                memo[node] = min(own, inside) if size(node) else inside
+            return memo[node]
+
+        fresh: set[fx.Node] = set()
+        for node in reversed(again):
+            if node not in cheap or (node not in demanded and node not in fresh):
+                continue
+            memo.clear()
+            if size(node) == 0 or sum(map(to_provide, node.all_input_nodes)) < size(node):
+                fresh.add(node)
+                for source in node.all_input_nodes:
+                    through = source in cheap and sum(map(to_provide, source.all_input_nodes)) < max(1, size(source))
+                    (fresh if through and source not in demanded else demanded).add(source)
+        return fresh & cheap
+
     @property
     def recomputed(self) -> list[fx.Node]:
-        """Operators of forward that run again."""
+        """Operators of forward that run again, as often as they do."""
         first = set(self.forward)
         return [node for node in self.backward if node in first]
 

@@ -127,17 +127,15 @@ class Partitioner:
 
 
 def reorder(module: fx.GraphModule, order: Sequence[fx.Node]) -> fx.GraphModule:
-    """Return the module with these operators, by name, in this order.
+    """Return the module with these operators, by name, in this order; who uses one that runs again uses its latest result.
 
     What else it holds is left over: operators that draw random numbers, and collectives, are not taken for dead code.
     """
-    place = {node.name: index for index, node in enumerate(order)}
-    nodes = list(module.graph.nodes)
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    rest = [node for node in nodes if node.op not in ("placeholder", "output") and node.name in place]
+    named = {node.name: node for node in module.graph.nodes if node.op not in ("placeholder", "output")}
+    inputs = module.graph.find_nodes(op="placeholder")
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    for node in (*inputs, *sorted(rest, key=lambda node: place[node.name])):
+    for node in (*inputs, *(named[node.name] for node in order)):
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.node_copy(module.graph.output_node(), env.__getitem__)
     graph.lint()
