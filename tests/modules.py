@@ -128,6 +128,14 @@ class FlashGPT(GPT):
         self.blocks = nn.ModuleList(FlashBlock(True) for _ in range(2))
 
 
+class LargeVocabulary(GPT):
+    """More logits than features."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__(lr)
+        self.head = nn.Linear(WIDTH, 3 * VOCABULARY)
+
+
 class Encoder(GPT):
     """Bidirectional, classifies the whole sequence by the mean over positions."""
 

@@ -179,6 +179,18 @@ def test_flash_attention(pool: Pool, backend: str) -> None:
     assert not step["gathered"]
 
 
+@pytest.mark.parametrize(("world_size", "backend"), [(1, "aot_eager"), (2, "aot_eager"), (2, "inductor")])
+def test_logits_in_tiles(pool: Pool, world_size: int, backend: str) -> None:
+    """Loss, accuracy, the largest and the mean of the logits are computed of a few positions at a time."""
+    strategy = {**FULL, "compile_backend": backend}
+    run = fit(pool, "LargeVocabulary", strategy, world_size, num_samples=8, tile_elements=4000)
+    assert_same(run, reference(pool, "LargeVocabulary", num_samples=8), digits=5 if backend == "inductor" else 6)
+    step = run["report"]["steps"][0]
+    (tiled,) = step["tiled"]
+    assert tiled["num_tiles"] > 1
+    assert not step["kept"]
+
+
 def test_inductor(pool: Pool) -> None:
     run = fit(pool, "GPT", {**FULL, "compile_backend": "inductor"}, 2, num_samples=8)
     assert_same(run, reference(pool, "GPT", num_samples=8), digits=5)  # other kernels, other rounding

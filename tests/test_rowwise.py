@@ -23,6 +23,8 @@ from lightning_autosp.compiler.backend import CompileBackend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.rowwise import local_regions
 from lightning_autosp.compiler.specialise import Compiler
+from lightning_autosp.memory.costs import cost, workspace_bytes
+from lightning_autosp.memory.meter import LiveBytes
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 13, 16, 37
 Step = Callable[["Net", Tensor, Tensor], Any]
@@ -329,6 +331,27 @@ def test_nothing_of_the_size_of_the_logits(backend: CompileBackend, monkeypatch:
     assert report.steps[0].tiled[0].num_tiles == 16
     assert largest_values(graphs) < BATCH * 64 * VOCABULARY
     assert max(seen) <= max(tiles.TILE_ELEMENTS, net.head.weight.numel())
+
+
+def test_costs_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workspace to the byte, and the operations of all tiles, found from two of them without running any."""
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 16 * BATCH * VOCABULARY)
+    net = Net(with_accuracy)
+    run, graphs, _ = compiled(net)
+    inputs = batch(length=64)
+    run(*marked(*inputs))[0].backward()
+    found = [node for gm in graphs for node in gm.graph.nodes if str(node.target).startswith("autosp.tiles")]
+    assert [str(node.target) for node in found] == ["autosp.tiles.default", "autosp.tiles_backward.default"]
+    # Products of the size of the logits': themselves; in backward again, and gradients of hidden states and weight.
+    for node, kernel, products in zip(found, (tiles._forward, tiles._backward), (1, 3), strict=True):
+        fakes = fx.map_arg(node.args, lambda one: one.meta["val"])
+        *args, handle = pytree.tree_map_only(Tensor, lambda fake: torch.ones(fake.shape, dtype=fake.dtype), fakes)
+        program = tiles._PROGRAMS[handle]
+        known = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+        with torch.no_grad(), LiveBytes(known) as live:
+            results = kernel(program, *args, program.tiles())
+        assert workspace_bytes(node) == live.peak - sum(value.nbytes for value in results) > 0
+        assert cost(node).flops == products * 2 * BATCH * 64 * WIDTH * VOCABULARY
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

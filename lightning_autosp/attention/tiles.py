@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from lightning_autosp import _compat
 
-__all__ = ["TILE_ELEMENTS", "ColumnBounds", "Cut", "Result", "Rows", "TileProgram", "run_tiles"]
+__all__ = ["TILE_ELEMENTS", "ColumnBounds", "Cut", "Result", "Rows", "TileProgram", "description", "rehearse", "run_tiles"]
 
 TILE_ELEMENTS = 2**25
 """Elements of the largest value of one tile: 128 MiB in float32."""
@@ -256,14 +256,18 @@ class _Tiles(torch.autograd.Function):
 @torch.library.custom_op("autosp::tiles", mutates_args=())
 def _tiles(inputs: Sequence[Tensor], handle: int) -> list[Tensor]:
     program = _PROGRAMS[handle]
-    out: list[Tensor] = []
     with _draws(program, inputs) as values:
-        for tile in program.tiles(values):
-            parts = program.compute(tile, program.cut(values, tile))
-            if not out:
-                out = [part.new_empty(result.shape) for part, result in zip(parts, program.results, strict=True)]
-            for whole, part, result in zip(out, parts, program.results, strict=True):
-                result.rows.within(whole, *tile[:2]).copy_(result.rows.split(part))
+        return _forward(program, values, program.tiles(values))
+
+
+def _forward(program: TileProgram, values: Sequence[Tensor], tiles: Iterable[tuple[int, int, int, int]]) -> list[Tensor]:
+    out: list[Tensor] = []
+    for tile in tiles:
+        parts = program.compute(tile, program.cut(values, tile))
+        if not out:
+            out = [part.new_empty(result.shape) for part, result in zip(parts, program.results, strict=True)]
+        for whole, part, result in zip(out, parts, program.results, strict=True):
+            result.rows.within(whole, *tile[:2]).copy_(result.rows.split(part))
     return out
 
 
@@ -279,32 +283,77 @@ def _tiles_backward(
     program = _PROGRAMS[handle]
     with _draws(program, inputs) as values:
         first = int(program.random)
-        # Sums over many tiles are kept in float32 at least.
-        sums = {i: torch.zeros_like(inputs[i], dtype=torch.promote_types(inputs[i].dtype, torch.float32)) for i in wanted}
-        for tile in program.tiles(values):
-            with _compat.autograd_inside_operator():
-                cut = [value.detach() for value in program.cut(values, tile)]
-                for index in wanted:
-                    cut[index - first].requires_grad_()
-                parts = program.compute(tile, cut)
-            own = {
-                parts[index]: program.results[index].rows.take(grad, *tile[:2])
-                for index, grad in zip(given, grads, strict=True)
-                if parts[index].requires_grad
-            }
-            sources = [cut[index - first] for index in wanted]
-            found = torch.autograd.grad(list(own), sources, list(own.values()), allow_unused=True)
-            for index, part in zip(wanted, found, strict=True):
-                if part is not None:
-                    how = program.cuts[index - first]
-                    target = how.view(sums[index], tile, split=True)
-                    target += part if how.rows is None else how.rows.split(part)
-    return [sums[index].to(inputs[index].dtype) for index in wanted]
+        return _backward(program, grads, values, given, [index - first for index in wanted], program.tiles(values))
+
+
+def _backward(
+    program: TileProgram,
+    grads: Sequence[Tensor],
+    values: Sequence[Tensor],
+    given: Sequence[int],
+    wanted: Sequence[int],
+    tiles: Iterable[tuple[int, int, int, int]],
+) -> list[Tensor]:
+    # Of an input that all tiles read, the sum is kept in float32 at least; of one that is cut to rows there is none.
+    sums = [
+        torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32) if how.rows is None else value.dtype)
+        for value, how in ((values[index], program.cuts[index]) for index in wanted)
+    ]
+    for tile in tiles:
+        with _compat.autograd_inside_operator():
+            cut = [value.detach() for value in program.cut(values, tile)]
+            for index in wanted:
+                cut[index].requires_grad_()
+            parts = program.compute(tile, cut)
+        own = {
+            parts[index]: program.results[index].rows.take(grad, *tile[:2])
+            for index, grad in zip(given, grads, strict=True)
+            if parts[index].requires_grad
+        }
+        if not own:
+            continue
+        found = torch.autograd.grad(list(own), [cut[index] for index in wanted], list(own.values()), allow_unused=True)
+        for index, whole, part in zip(wanted, sums, found, strict=True):
+            if part is not None:
+                how = program.cuts[index]
+                target = how.view(whole, tile, split=True)
+                target += part if how.rows is None else how.rows.split(part)
+        del cut, parts, own, found, part  # else they are held while the next tile is computed
+    return [whole.to(values[index].dtype) for index, whole in zip(wanted, sums, strict=True)]
 
 
 @_tiles_backward.register_fake
 def _(grads: Sequence[Tensor], inputs: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], handle: int) -> list[Tensor]:
     return [torch.empty_like(inputs[index]) for index in wanted]
+
+
+def description(handle: int) -> Any:
+    """Return what is equal for programs that do the same to inputs of the same shapes."""
+    program = _PROGRAMS[handle]
+    return program.module.code, program.cuts, program.results, program.random, program.autocast, tuple(program.tiles())
+
+
+def rehearse(handle: int, inputs: Sequence[Tensor], *backward: Any) -> float:
+    """Run two tiles of a program as its operators do, on tensors whose values do not matter, to see what that takes.
+
+    Args:
+        handle: Of the program.
+        inputs: Of the operator, fake ones also.
+        backward: For the backward operator: the gradients that come, of which results, and which inputs' are wanted.
+
+    Returns:
+        How many times the work of the two tiles the whole is.
+    """
+    program = _PROGRAMS[handle]
+    tiles = sorted(program.tiles(), key=lambda tile: (tile[0] - tile[1]) * max(1, tile[3] - tile[2]))
+    values, first = inputs[int(program.random) :], int(program.random)
+    if backward:
+        grads, given, wanted = backward
+        _backward(program, grads, values, given, [index - first for index in wanted], tiles[:2])
+    else:
+        _forward(program, values, tiles[:2])
+    work = [(stop - start) * max(1, high - low) for start, stop, low, high in tiles]
+    return sum(work) / sum(work[:2])
 
 
 @contextlib.contextmanager

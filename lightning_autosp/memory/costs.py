@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lightning_autosp.attention.tiles import description, rehearse
+from lightning_autosp.memory.meter import LiveBytes
 
 __all__ = ["Cost", "Roofline", "attention_operators", "cost", "is_attention", "is_collective", "is_view", "workspace_bytes"]
 
@@ -119,8 +124,37 @@ def workspace_bytes(node: fx.Node) -> int:
 
 
 def _own(node: fx.Node, args: Any) -> tuple[float, int]:
-    """Return FLOPs and workspace of one of this package's operators: its kernel says so itself."""
-    return 0.0, 0
+    """Return FLOPs and workspace of one of this package's operators, which run programs in tiles: two of them are tried."""
+    *backward, inputs, handle = (args[0], args[2], args[3], args[1], args[4]) if _name(node) == "tiles_backward" else args
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    key = (description(handle), tuple((value.shape, value.stride(), value.dtype) for value in tensors), str(backward[1:]))
+    if key not in _tried:
+        fake_mode = next((value.fake_mode for value in tensors if isinstance(value, FakeTensor)), None) or FakeTensorMode()
+        live, flops = LiveBytes(known=tensors), _Flops()
+        with fake_mode, torch.no_grad(), live, flops:
+            times = rehearse(handle, inputs, *backward)
+        results = sum(map(_bytes, pytree.tree_leaves(node.meta.get("val"))))
+        _tried[key] = flops.total * times, max(0, live.peak - results)
+    return _tried[key]
+
+
+_tried: dict[Any, tuple[float, int]] = {}
+"""By what a program does: layers are alike."""
+
+
+class _Flops(TorchDispatchMode):
+    """Counts the FLOPs of operators that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(getattr(func, "overloadpacket", None))
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def _name(node: fx.Node) -> str:
