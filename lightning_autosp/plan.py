@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 
 from lightning_autosp import _compat
 from lightning_autosp.collectives import Group, average_gradient, gather_parameter
+from lightning_autosp.compiler.backend import CompileBackend
 from lightning_autosp.compiler.report import Report
-from lightning_autosp.compiler.specialise import Compiler, LoweredStep
+from lightning_autosp.compiler.specialise import TILE_ROWS, Compiler, LoweredStep
 from lightning_autosp.memory.devices import DeviceKind, device_kind, format_bytes, parse_bytes
 from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
 from lightning_autosp.memory.partition import MemoryOptions, Partitioner
@@ -201,6 +202,7 @@ class Planner:
         sharded: bool = True,
         optimizers: Sequence[Optimizer] | None = None,
         state_bytes: int | None = None,
+        backend: CompileBackend = "inductor",
     ) -> None:
         """Trace the step.
 
@@ -216,6 +218,7 @@ class Planner:
             sharded: Whether parameters, gradients and optimizer state are sharded over the ranks.
             optimizers: Default: what `configure_optimizers` returns.
             state_bytes: Optimizer state, in bytes for each parameter; `None`: what the optimizer's own step makes.
+            backend: What the step will be compiled with.
 
         Raises:
             PlanError: If the step is not one graph, or has no dimension that could be followed.
@@ -248,6 +251,11 @@ class Planner:
             raise PlanError(f"{type(module).__name__}.{step} fixes the sequence length, so other lengths cannot be planned.")
         self._optimizers = self._find_optimizers() if optimizers is None else optimizers
         self._state_bytes = state_bytes
+        self._fused = backend == "inductor"
+
+    def tile(self) -> bool:
+        """Compute what is wide between two products in tiles, as a step does that does not fit otherwise; whether there is any."""
+        return self.lowered.tile(TILE_ROWS)
 
     def _computing(self) -> AbstractContextManager[Any]:
         return torch.autocast("cpu", self._autocast) if self._autocast is not None else contextlib.nullcontext()
@@ -317,7 +325,7 @@ class Planner:
         return Plan(length, self.world, estimates, self.limit)
 
     def _options(self, policy: str) -> MemoryOptions:
-        return MemoryOptions(policy, self.limit, False, self.device.roofline, self.device.overhead)  # type: ignore[arg-type]
+        return MemoryOptions(policy, self.limit, False, self.device.roofline, self.device.overhead, fused=self._fused)  # type: ignore[arg-type]
 
     def _estimates(
         self,
@@ -328,7 +336,7 @@ class Planner:
         policies: Sequence[str],
         options: Mapping[str, Any],
     ) -> dict[str, MemoryEstimate]:
-        joint = Partitioner.read(gm, options["num_fwd_outputs"], parameters)
+        joint = Partitioner.read(gm, options["num_fwd_outputs"], parameters, fused=self._fused)
         default = None
         found = {}
         for policy in policies:
@@ -481,6 +489,10 @@ def plan_target(
         state_bytes=state_bytes,
     )
     plans = [planner.at(length or planner.length)]
+    if longest or not plans[0].best[1].fits:
+        planner.tile()
+    if not plans[0].best[1].fits:
+        plans[0] = planner.at(length or planner.length)
     if longest:
         plans.append(planner.longest()[0])
     return plans

@@ -236,7 +236,7 @@ def test_what_is_kept_a_token_and_layer() -> None:
     def kept(layers: int) -> dict[str, int]:
         with torch.device("meta"):
             module = make("llama", **sizes, num_hidden_layers=layers)
-        planner = Planner(module, batch_of(256), world=1, device=device_kind("h200"), precision="bf16-true")
+        planner = Planner(module, batch_of(256), world=1, device=device_kind("h200"), precision="bf16-true", backend="aot_eager")
         return {name: one.saved for name, one in planner.at(8192, ("attention", "full")).estimates.items()}
 
     two, three = kept(2), kept(3)
@@ -251,6 +251,43 @@ def test_parameters_are_gathered_again() -> None:
         module = make("llama", vocab_size=4096)
         found = measure_step(module, batch_of(64), mesh, "none")
     assert found.saved < 4096 * 64 * 4 / 2
+
+
+def test_cheap_values_are_computed_once_more() -> None:
+    """Where the smallest choice does not fit as it is, norms are not kept while the rest of their layer is differentiated."""
+    with fake_ranks(2) as mesh:
+        plain = measure_step(make("llama", num_hidden_layers=4), batch_of(512), mesh, "full")
+        module = make("llama", num_hidden_layers=4)
+        fresh = measure_step(module, batch_of(512), mesh, "full", limit=plain.peak - 1)
+    assert fresh.peak < 0.95 * plain.peak
+    assert fresh.predicted_peak == pytest.approx(fresh.peak, rel=0.02)
+    assert fresh.saved == plain.saved
+    assert fresh.estimate.flops_again == plain.estimate.flops_again
+    assert fresh.estimate.seconds_again > plain.estimate.seconds_again
+
+
+def test_cheap_values_computed_once_more_are_exact() -> None:
+    module = make("llama", num_hidden_layers=3)
+    reference = copy.deepcopy(module)
+    reference.training_step(batch_of(256), 0).backward()
+    with fake_ranks(1) as mesh:
+        found = measure_step(module, batch_of(256), mesh, "full", limit=1)
+    assert not found.estimate.fits
+    for one, other in zip(reference.parameters(), module.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert float((one.grad - other.grad).norm()) <= 1e-5 * float(one.grad.norm())
+
+
+def test_auto_tiles_what_does_not_fit_otherwise() -> None:
+    """An MLP far wider than the rest: kept or not, its inside does not fit at once."""
+    wide = {"intermediate_size": 2048, "num_hidden_layers": 1}
+    with fake_ranks(1) as mesh:
+        least = measure_step(make("llama", **wide), batch_of(8192), mesh, "full")
+        module = make("llama", **wide)
+        found = measure_step(module, batch_of(8192), mesh, "auto", limit=int(0.7 * least.peak))
+    assert found.estimate.fits
+    assert found.peak < 0.75 * least.peak
 
 
 # Optimizers, limits.
@@ -326,7 +363,7 @@ class TestPlan:
     def planner(self, **options: Any) -> Planner:
         with torch.device("meta"):
             module = make("llama")
-        arguments: dict[str, Any] = {"world": 4, "device": device_kind("h100"), **options}
+        arguments: dict[str, Any] = {"world": 4, "device": device_kind("h100"), "backend": "aot_eager", **options}
         return Planner(module, batch_of(64), **arguments)
 
     def test_is_what_a_rank_takes(self) -> None:

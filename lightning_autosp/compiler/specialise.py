@@ -32,9 +32,12 @@ from lightning_autosp.compiler.rowwise import local_regions, tile, tile_losses
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.tiling import can_be_tiled
 from lightning_autosp.memory.meter import LiveBytes
-from lightning_autosp.memory.partition import MemoryOptions, Partitioner
+from lightning_autosp.memory.partition import Decision, DoesNotFitError, MemoryOptions, Partitioner
 
 __all__ = ["MAX_PROGRAMS", "Compiler", "LoweredStep", "Parameters"]
+
+TILE_ROWS = 4096
+"""Positions of a tile in which a step that does not fit otherwise computes its wide values."""
 
 MAX_PROGRAMS = 32
 """Programs kept per captured step; the one unused for longest goes first."""
@@ -100,11 +103,11 @@ class Compiler:
             return gm.forward
         join_attention(captured, functools.partial(can_be_tiled, captured, rules.find))
         tile_losses(captured, rules.find)
-        if self.tile_local is not None:
-            for region in local_regions(captured, rules.find):
-                tile(captured, rules.find, region, self.tile_local)
         self.report.num_graphs[self.kind] = self.report.num_graphs.get(self.kind, 0) + 1
-        return LoweredStep(captured, self)
+        step = LoweredStep(captured, self)
+        if self.tile_local is not None:
+            step.tile(self.tile_local)
+        return step
 
     def compile(
         self, module: fx.GraphModule, inputs: Sequence[Tensor], on_graph: OnGraph, partition: Partition | None = None
@@ -121,6 +124,22 @@ class LoweredStep:
         self._plans: dict[Any, Plan] = {}
         self._programs: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
         self._where = _find_symbols(captured)
+        self._decision: Decision | None = None
+        self._tiled = False
+
+    def tile(self, tile_rows: int) -> bool:
+        """Compute what is wide between two products in tiles from now on, and again in backward.
+
+        Args:
+            tile_rows: Positions of a tile.
+
+        Returns:
+            Whether there is anything of the kind.
+        """
+        self._plans.clear()
+        self._tiled = True
+        found = [tile(self.captured, rules.find, one, tile_rows) for one in local_regions(self.captured, rules.find)]
+        return any(found)
 
     def __call__(self, *inputs: Any) -> Any:
         with _compat.without_top_mode(EagerMarks) as marks:
@@ -203,12 +222,17 @@ class LoweredStep:
 
     def _compile(self, sizes: dict[sympy.Symbol, int], inputs: Sequence[Any]) -> Callable[..., Any]:
         compiler, start = self.compiler, time.perf_counter()
-        emitter, program = self.emit(sizes, compiler.group, compiler.parameters, self.arriving(inputs))
-        entry = StepReport.of(compiler.kind, emitter, program, self.captured.symbols)
-        if compiler.strict:
-            entry.refuse_fallbacks()
-        tensors = self._tensors(program.inputs, inputs)
-        run = self._compile_program(program, tensors, entry)
+        while True:
+            emitter, program = self.emit(sizes, compiler.group, compiler.parameters, self.arriving(inputs))
+            entry = StepReport.of(compiler.kind, emitter, program, self.captured.symbols)
+            if compiler.strict:
+                entry.refuse_fallbacks()
+            tensors = self._tensors(program.inputs, inputs)
+            try:
+                run = self._compile_program(program, tensors, entry)
+                break
+            except DoesNotFitError:
+                self.tile(TILE_ROWS)
         entry.compile_s = time.perf_counter() - start
         compiler.report.add(entry)
         returned = _returned(emitter)
@@ -228,7 +252,11 @@ class LoweredStep:
         if compiler.memory is None:
             return compiler.compile(program.module, tensors, entry.count_collectives)
         partition = Partitioner.of(
-            compiler.memory, tensors, [i for i, value in enumerate(tensors) if self._is_parameter(program, i, value)]
+            compiler.memory,
+            tensors,
+            [i for i, value in enumerate(tensors) if self._is_parameter(program, i, value)],
+            self._decision,
+            may_retry=not self._tiled and compiler.memory.policy == "auto",
         )
 
         def on_graph(gm: fx.GraphModule) -> None:
@@ -236,6 +264,8 @@ class LoweredStep:
             partition.see(gm)
 
         run = compiler.compile(program.module, tensors, on_graph, partition)
+        if compiler.memory.one_decision:
+            self._decision = partition.decided
         entry.memory = partition.estimate
         return run
 

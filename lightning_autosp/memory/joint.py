@@ -6,6 +6,7 @@ what it computes again included; `Schedule.peaks` walks it and counts the storag
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,7 +62,9 @@ class Peak:
 class Memory:
     """The storages of a graph's values, and which operators use them."""
 
-    def __init__(self, nodes: Iterable[fx.Node]) -> None:
+    def __init__(self, nodes: Iterable[fx.Node], *, fused: bool = False) -> None:
+        self.fused = fused
+        """Whether values that are made and used between two operators that do not fuse take no memory."""
         self.made: dict[fx.Node, Storages] = {}
         """The storages of each node's value."""
         self.used: dict[fx.Node, tuple[int, ...]] = {}
@@ -112,6 +115,11 @@ class Memory:
         for key, position in last.items():
             if key not in outputs and key not in resident:
                 free.setdefault(position, []).append(key)
+        fleeting: set[Any] = set()
+        if self.fused:
+            apart = list(itertools.accumulate((not fuses(node) for node in order), initial=0))
+            for position, keys in enumerate(made):
+                fleeting.update(k for k in keys if k in last and k not in outputs and apart[position] == apart[last[k] + 1])
         alive: dict[Any, int] = {
             key: size for key, size in inputs.items() if key not in resident and (key in last or key in outputs)
         }
@@ -119,7 +127,7 @@ class Memory:
         best, where, at_peak, space = current, None, dict(alive) if collect else {}, 0
         for position, node in enumerate(order):
             for key, size in made[position].items():
-                if key not in alive and key not in resident:
+                if key not in alive and key not in resident and key not in fleeting:
                     alive[key] = size
                     current += size
             extra = self.workspace[node]
@@ -168,17 +176,18 @@ class Joint:
         of_data: Values that follow from inputs alone.
     """
 
-    def __init__(self, graph: fx.Graph, num_fwd_outputs: int, parameters: Iterable[int]) -> None:
+    def __init__(self, graph: fx.Graph, num_fwd_outputs: int, parameters: Iterable[int], *, fused: bool = False) -> None:
         """Read a joint graph.
 
         Args:
             graph: As AOTAutograd traces it, without symbols.
             num_fwd_outputs: How many of its outputs are forward's.
             parameters: Which of its inputs are parameters, by number.
+            fused: Whether it will be compiled by a backend that fuses elementwise operators.
         """
         self.graph = graph
         self.nodes = [node for node in graph.nodes if node.op != "output"]
-        self.memory = Memory(self.nodes)
+        self.memory = Memory(self.nodes, fused=fused)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         results = pytree.arg_tree_leaves(*graph.output_node().args)
         self.outputs = [node for node in results[:num_fwd_outputs] if isinstance(node, fx.Node)]
@@ -420,6 +429,27 @@ def unit(node: fx.Node) -> fx.Node:
     while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+_REDUCTIONS = {
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.amax.default,
+    aten.amin.default,
+    aten.var_mean.correction,
+    aten._softmax.default,
+    aten._softmax_backward_data.default,
+    aten._log_softmax.default,
+    aten._log_softmax_backward_data.default,
+}
+
+
+def fuses(node: fx.Node) -> bool:
+    """Whether Inductor computes the operator in one kernel with its neighbours: elementwise ones, views, reductions of rows."""
+    if is_view(node) or node.target in _REDUCTIONS:
+        return True
+    target = node.target
+    return torch.Tag.pointwise in getattr(target, "tags", ()) or target in (aten._to_copy.default, aten.expand.default)
 
 
 def is_random(node: fx.Node) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -20,9 +20,26 @@ from lightning_autosp.memory.estimate import (
     estimate_training,
 )
 from lightning_autosp.memory.joint import Joint, unit
-from lightning_autosp.memory.policy import CheckpointPolicy, Choice, choose
+from lightning_autosp.memory.policy import CheckpointPolicy, Choice, Recomputation, choose
 
-__all__ = ["MemoryOptions", "Partitioner"]
+__all__ = ["Decision", "DoesNotFitError", "MemoryOptions", "Partitioner"]
+
+
+class DoesNotFitError(RuntimeError):
+    """A program does not fit its limit; raised before it is compiled, where there is another way to compile it."""
+
+
+class Decision(NamedTuple):
+    """What is kept, in words that mean the same on all ranks and for all lengths."""
+
+    policy: str
+    kept: tuple[str, ...]
+    refreshed: bool
+    fits: bool
+
+
+def _own(decision: Decision) -> Decision:
+    return decision
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,10 @@ class MemoryOptions:
         roofline: What time is estimated by.
         overhead: Bytes that are not the program's.
         states: Gives what the rank holds besides, when a program is compiled.
+        fused: Whether the backend fuses elementwise operators, so that what is between them takes no memory.
+        agree: Gives all ranks that compile a program at the same time the same decision: graphs that differ would meet in different
+            collectives. Of uneven parts, the first rank's are the largest.
+        one_decision: Whether what is decided for a step's first length holds for all: ranks meet others that have other lengths.
     """
 
     policy: CheckpointPolicy
@@ -44,6 +65,9 @@ class MemoryOptions:
     roofline: Roofline
     overhead: int = 0
     states: Callable[[], States] = States
+    fused: bool = False
+    agree: Callable[[Decision], Decision] = _own
+    one_decision: bool = False
 
 
 @dataclass
@@ -54,42 +78,58 @@ class Partitioner:
         options: How.
         states: What the rank holds besides, the program's inputs included.
         parameters: Which inputs of the program are parameters, by number.
+        decided: What was decided for another length, to be done here too.
+        may_retry: Whether there is another way to compile the program if it does not fit.
         estimate: What was found; `None` before it was called.
     """
 
     options: MemoryOptions
     states: States
     parameters: Sequence[int]
+    decided: Decision | None = None
+    may_retry: bool = False
     estimate: MemoryEstimate | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, options: MemoryOptions, inputs: Sequence[Tensor], parameters: Sequence[int]) -> Partitioner:
+    def of(
+        cls,
+        options: MemoryOptions,
+        inputs: Sequence[Tensor],
+        parameters: Sequence[int],
+        decided: Decision | None = None,
+        *,
+        may_retry: bool = False,
+    ) -> Partitioner:
         """Return the partitioner of a program that is about to be called with these inputs."""
         of_parameters = set(parameters)
         batch = sum(value.nbytes for index, value in enumerate(inputs) if index not in of_parameters)
         states = options.states()
-        return cls(options, States(states.parameters, states.gradients, states.optimizer, states.optimizer_step, batch), parameters)
+        held = replace(states, inputs=batch)
+        return cls(options, held, parameters, decided, may_retry)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        joint = self.read(gm, num_fwd_outputs, self.parameters)
+        joint = self.read(gm, num_fwd_outputs, self.parameters, fused=self.options.fused)
         options["num_fwd_outputs"] = num_fwd_outputs
         if not joint.backward or any(isinstance(node.meta.get("val"), torch.SymInt) for node in joint.nodes):
             return _compat.min_cut(gm, joint_inputs, set(), **options)
         default: set[fx.Node] = set()
-        if self.options.policy in ("none", "auto"):
+        if self.decided is None and self.options.policy in ("none", "auto"):
             default = self.default(gm, joint, joint_inputs, **options)
         choice = self.decide(joint, default)
+        assert self.decided is not None
+        if not self.decided.fits and self.may_retry:
+            raise DoesNotFitError
         self._refuse()
         forward, backward = _compat.extract_forward_and_backward(gm, list(choice.schedule.saved), num_fwd_outputs)
         return reorder(forward, choice.schedule.forward), reorder(backward, choice.schedule.backward)
 
     @staticmethod
-    def read(gm: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int]) -> Joint:
+    def read(gm: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int], *, fused: bool = False) -> Joint:
         """Return what is known of a joint graph, which is rid of what it computes twice."""
         gm.graph = _compat.without_duplicates(gm.graph)
-        return Joint(gm.graph, num_fwd_outputs, parameters)
+        return Joint(gm.graph, num_fwd_outputs, parameters, fused=fused)
 
     @staticmethod
     def default(gm: fx.GraphModule, joint: Joint, joint_inputs: Sequence[Any], **options: Any) -> set[fx.Node]:
@@ -103,9 +143,33 @@ class Partitioner:
         """Choose what is kept, and estimate it."""
         chosen = self.options
         limit = None if chosen.limit is None else chosen.limit - self.states.total - chosen.overhead
-        choice = choose(joint, chosen.policy, chosen.roofline, limit, default)
+        own = choice = None
+        if self.decided is None:
+            choice = choose(joint, chosen.policy, chosen.roofline, limit, default)
+            kept = tuple(node.name for node in joint.nodes if node in choice.kept)
+            own = Decision(choice.policy, kept, choice.refreshed, choice.fits)
+            self.decided = chosen.agree(own)
+        if choice is None or self.decided != own:
+            choice = self._follow(joint, self.decided, limit)
         self.estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
         return choice
+
+    def _follow(self, joint: Joint, decision: Decision, limit: int | None) -> Choice:
+        """Return what another rank, or this one for another length, decided."""
+        named = {node.name: node for node in joint.nodes}
+        missing = [name for name in decision.kept if name not in named]
+        if missing:
+            raise RuntimeError(
+                f"Ranks, or lengths, have different graphs: what is to be kept, {missing[0]!r}, is not in this one. Use "
+                "checkpoint_policy='full', 'attention' or 'none'."
+            )
+        kept = {named[name] for name in decision.kept}
+        schedule = joint.schedule(kept)
+        schedule = schedule.refreshed() if decision.refreshed else schedule
+        peak = max(one.bytes for one in schedule.peaks())
+        seconds = Recomputation(joint, self.options.roofline).of(schedule)
+        fits = limit is None or peak <= limit
+        return Choice(decision.policy, schedule, peak, seconds, fits, kept=kept, refreshed=decision.refreshed)
 
     def see(self, gm: fx.GraphModule) -> None:
         """Estimate a graph without backward, which is not partitioned."""

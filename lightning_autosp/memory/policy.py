@@ -42,6 +42,8 @@ class Choice:
         seconds: Computing again and moving to the host and back, on the roofline.
         fits: Whether the peak is within the limit.
         tried: Choices that were simulated.
+        kept: The operators whose results are kept.
+        refreshed: Whether cheap values are computed again for every use; see `Schedule.refreshed`.
     """
 
     policy: str
@@ -51,6 +53,7 @@ class Choice:
     fits: bool
     tried: int = 1
     kept: set[fx.Node] = field(default_factory=set)
+    refreshed: bool = False
 
 
 def must_keep(joint: Joint) -> set[fx.Node]:
@@ -153,11 +156,21 @@ class Recomputation:
         again = self.nodes(kept)
         return sum(seconds for node, seconds in self._seconds.items() if node in again)
 
+    def of(self, schedule: Schedule) -> float:
+        """Return the time a schedule spends on computing again."""
+        return sum(self._seconds.get(node, 0.0) for node in schedule.recomputed)
+
 
 def evaluate(joint: Joint, policy: str, kept: set[fx.Node], again: Recomputation, limit: int | None) -> Choice:
     schedule = joint.schedule(kept)
     peak = max(one.bytes for one in schedule.peaks())
-    return Choice(policy, schedule, peak, again.seconds(kept), limit is None or peak <= limit, kept=kept)
+    if limit is None or peak <= limit:
+        return Choice(policy, schedule, peak, again.seconds(kept), True, kept=kept)
+    fresh = schedule.refreshed()
+    smaller = max(one.bytes for one in fresh.peaks())
+    if smaller >= peak:
+        return Choice(policy, schedule, peak, again.seconds(kept), False, kept=kept)
+    return Choice(policy, fresh, smaller, again.of(fresh), smaller <= limit, kept=kept, refreshed=True)
 
 
 def choose(joint: Joint, policy: str, roofline: Roofline, limit: int | None, default: set[fx.Node]) -> Choice:
