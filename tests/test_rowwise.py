@@ -256,6 +256,29 @@ def test_logits_that_are_used_otherwise_are_kept(name: str) -> None:
             assert ("returned" if name == "returned" else "test_rowwise.py") in kept.reason
 
 
+def test_an_autocast_of_the_steps_own_is_no_part_of_tiles() -> None:
+    def step(net: Net, x: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net.head(x)
+        return F.cross_entropy(flat(logits).double(), labels.view(-1))
+
+    net = Net(step)
+    report = assert_exact(net, batch(), net, rtol=5e-2).report
+    assert not report.tiled
+    (kept,) = report.kept
+    assert kept.reason.startswith("computed under the autocast that the step enters at")
+
+
+def test_ranks_agree_on_what_compilers_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven positions take two tiles, six of another rank one: still, neither is part of the compiled graph."""
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 6 * BATCH * VOCABULARY)
+    net = Net(cross_entropy())
+    step = assert_exact(net, batch(), net).step
+    sizes = dict.fromkeys(step.captured.symbols, LENGTH)
+    programs = [list(step.emit(sizes, Group("simulated", 2, rank), None)[0].tile_programs.values()) for rank in range(2)]
+    assert [(one.num_tiles, one.inlined) for (one,) in programs] == [(2, False), (1, False)]
+
+
 def test_a_narrow_head_is_left_alone() -> None:
     net = Net(lambda n, x, y: F.cross_entropy(n.mix(x).flatten(0, 1), y.clamp(min=0, max=WIDTH - 1).view(-1)))
     report = assert_exact(net, batch(), net).report

@@ -27,9 +27,12 @@ from lightning_autosp.compiler.locality import CONTRACTIONS
 from lightning_autosp.compiler.rule import bound
 from lightning_autosp.compiler.written_out import PRODUCTS, SDPA, SOFTMAX, insert, join_written_out
 
-__all__ = ["Region", "RowRegion", "join_attention", "modes"]
+__all__ = ["Mode", "Region", "RowRegion", "join_attention", "modes"]
 
 aten = torch.ops.aten
+Mode = tuple[bool, tuple[fx.Node, ...]]
+"""Whether gradients are recorded, and what entered the autocast regions in force."""
+
 _REDUCTIONS = {
     aten.max.dim,
     aten.amax.default,
@@ -242,15 +245,18 @@ def _replace(
             captured.graph.erase_node(node)
 
 
-def modes(captured: Captured) -> dict[fx.Node, tuple[bool, int]]:
-    """Return for every node whether gradients are recorded there, and how many autocast regions it stands in."""
-    grad, autocasts = True, 0
-    found = {}
+def modes(captured: Captured) -> dict[fx.Node, Mode]:
+    """Return the mode that every node stands in."""
+    grad = True
+    autocasts: tuple[fx.Node, ...] = ()
+    found: dict[fx.Node, Mode] = {}
     for node in captured.graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             grad = bool(node.args[0])
-        autocasts += node.target is torch.amp.autocast_mode._enter_autocast
-        autocasts -= node.target is torch.amp.autocast_mode._exit_autocast
+        elif node.target is torch.amp.autocast_mode._enter_autocast:
+            autocasts = (*autocasts, node)
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            autocasts = autocasts[:-1]
         found[node] = grad, autocasts
     return found
 

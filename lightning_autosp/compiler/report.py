@@ -194,8 +194,7 @@ class StepReport:
                 entry.num_data += 1
         entry.tiled = [_tiled(node, emitter) for node in emitter.tile_programs]
         for node, reader in facts.captured.kept.items():
-            used = _reason([reader]) if reader.op == "output" else f"used by {reader.target} at {user_line(reader)}"
-            entry.kept.append(_whole(node, emitter, used))
+            entry.kept.append(_whole(node, emitter, _why_kept(reader)))
         for node, askers in program.gathers:
             entry.gathered.append(_whole(node, emitter, _reason(askers)))
         if emitter.group.size > 1 and not facts.symbols:
@@ -374,6 +373,14 @@ class Report:
 def _describe(call: Attention) -> str:
     kept = f" ({call.mask_bytes / MiB:.2f} MiB)" if call.mask_bytes else ""
     return f"{call.method} at {call.where}" + (f", mask: {call.mask}{kept}" if call.mask else "")
+
+
+def _why_kept(reader: fx.Node) -> str:
+    if reader.op == "output":
+        return _reason([reader])
+    if reader.target is torch.amp.autocast_mode._enter_autocast:
+        return f"computed under the autocast that the step enters at {user_line(reader)}; the Trainer's own is no hindrance"
+    return f"used by {reader.target} at {user_line(reader)}"
 
 
 def _describe_tiled(one: Tiled) -> str:

@@ -24,7 +24,7 @@ from lightning_autosp import _compat
 from lightning_autosp.compiler.capture import Captured, is_size, memory_of
 from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.locality import CONTRACTIONS
-from lightning_autosp.compiler.regions import RowRegion, modes
+from lightning_autosp.compiler.regions import Mode, RowRegion, modes
 from lightning_autosp.compiler.rule import Facts, Rule, bound, tensor_inputs
 from lightning_autosp.compiler.rules.loss import CLASSIFICATION, ELEMENTWISE, MEAN, NONE
 from lightning_autosp.compiler.rules.random import is_random
@@ -87,6 +87,8 @@ def tile_losses(captured: Captured, find: Rule) -> None:
         if growth.readers:
             if growth.is_loss:
                 captured.kept[node] = growth.readers[0]
+        elif (entered := growth.autocast()) is not None:  # it would have to stand within the node
+            captured.kept[node] = entered
         elif growth.slices:  # of positions: taken before the logits are made
             made = [one for slice_ in growth.slices for one in _slice_before(growth, slice_, sliced)]
             _drop(growth.inside)
@@ -285,6 +287,11 @@ class _Growth:
         if cut is None or any(self.facts.has_sequence(source) and source not in cut for source in tensor_inputs(made)):
             return None
         return cut
+
+    def autocast(self) -> fx.Node | None:
+        """Return what entered an autocast region of the step's own that something stands in."""
+        mode = modes(self.captured)
+        return next((mode[node][1][0] for node in (*self.inside, *self.joins) if mode[node][1]), None)
 
     # What becomes of nodes that join or drop positions.
 
@@ -497,12 +504,14 @@ def _put(facts: Facts, found: LocalRegion, tile_rows: int | None) -> bool:
     mode = modes(captured)
     grad = any(mode[node][0] for node in nodes)
     if any(mode[node][1] for node in nodes):
-        return False  # autocast would have to stand within the node
+        return False
     sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
     tensors = [source for source in sources if not is_size(source)]
     if not all(isinstance(source.meta.get("val"), torch.Tensor) for source in tensors):
         return False
     results = [node for node in nodes if node in found.layouts and not node.users.keys() <= inside]
+    if not results:
+        return False
     body = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for source in (*tensors, *(source for source in sources if is_size(source))):
@@ -532,13 +541,13 @@ def _put(facts: Facts, found: LocalRegion, tile_rows: int | None) -> bool:
 
 
 def _make_room(
-    captured: Captured, inside: set[fx.Node], sources: list[fx.Node], mode: Mapping[fx.Node, tuple[bool, int]], grad: bool
+    captured: Captured, inside: set[fx.Node], sources: list[fx.Node], mode: Mapping[fx.Node, Mode], grad: bool
 ) -> fx.Node | None:
     """Return the node before which a region can stand, its inputs made ready; `None` if there is none."""
     order = list(captured.graph.nodes)
     place = {node: index for index, node in enumerate(order)}
     here = min(place[user] for node in inside for user in node.users if user not in inside)
-    while mode[order[here - 1]] != (grad, 0):
+    while mode[order[here - 1]] != (grad, ()):
         here -= 1
     late: set[fx.Node] = set()
     pending = [source for source in sources if place[source] >= here]
@@ -548,7 +557,7 @@ def _make_room(
             late.add(node)
             pending += [source for source in node.all_input_nodes if place[source] >= here]
     for node in late:
-        if node in inside or node.op == "placeholder" or is_random(node) or mode[node] != (grad, 0) or node.is_impure():
+        if node in inside or node.op == "placeholder" or is_random(node) or mode[node] != (grad, ()) or node.is_impure():
             return None
     for node in sorted(late, key=place.__getitem__):
         order[here].prepend(node)
