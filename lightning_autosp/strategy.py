@@ -37,7 +37,7 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
@@ -54,12 +54,13 @@ from lightning_autosp.compiler.backend import resolve_backend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum
-from lightning_autosp.memory.devices import device_of, limit_bytes
+from lightning_autosp.memory.devices import device_kind, device_of, limit_bytes
 from lightning_autosp.memory.estimate import States, optimizer_memory
 from lightning_autosp.memory.partition import Decision, MemoryOptions
 from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh, resolve_sizes
 from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
+from lightning_autosp.plan import Plan, Planner
 from lightning_autosp.step import CompiledStep, batch_tensors
 
 __all__ = ["AutoSPStrategy", "refuse_pytorch_lightning"]
@@ -70,6 +71,9 @@ Backend = Literal["auto", "inductor", "aot_eager"]
 StateDictType = Literal["full", "sharded"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
+
+PEAKS = 2
+"""Steps whose memory is measured on CUDA: the first compiles, the second is like those that follow."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -163,6 +167,7 @@ class AutoSPStrategy(ParallelStrategy):
         self.report = Report()
         """What the compiler did so far."""
         self._printed = False
+        self._peaks_read = 0
         self._failed = False
         self._mesh: ParallelMesh | None = None
         self._parameters: ModuleParameters | None = None
@@ -208,6 +213,54 @@ class AutoSPStrategy(ParallelStrategy):
             rtol=rtol,
             strict=self._strict,
         )
+
+    @_AlsoOnClass
+    def plan(
+        self,
+        module: nn.Module,
+        batch: Any,
+        *,
+        world: int,
+        device: str = "h100",
+        length: int | None = None,
+        precision: str | None = None,
+        step: str = "training_step",
+    ) -> Plan:
+        """Predict what a module's step takes on ranks that are not there, in this process, without allocating anything.
+
+        `AutoSPStrategy.plan(module, batch, world=8)` does it with default options; an instance's `memory_limit`, `sequence_dim`,
+        `parameter_sharding` and `compile_backend` hold.
+
+        Args:
+            module: A LightningModule; its parameters may be on the meta device. It stays as it is.
+            batch: One batch, of any length.
+            world: Ranks that share each sequence.
+            device: What each has: see `lightning_autosp.memory.devices.DEVICES`.
+            length: Positions of the longest sequence. Default: the batch's own.
+            precision: The Trainer's. Default: parameters as they are.
+            step: The method to plan.
+
+        Raises:
+            PlanError: If the step cannot be planned.
+            ValueError: If the device is not known.
+        """
+        kind = device_kind(device)
+        planner = Planner(
+            module,
+            batch,
+            world=world,
+            device=kind,
+            limit=None if self._memory_limit == "auto" else limit_bytes(self._memory_limit, kind.memory),
+            step=step,
+            sequence_dim=self._sequence_dim,
+            precision=precision,
+            sharded=self._parameter_sharding != "replicate",
+            backend="aot_eager" if self._compile_backend == "aot_eager" else "inductor",
+        )
+        plan = planner.at(length or planner.length)
+        if not plan.best[1].fits and planner.tile():
+            plan = planner.at(plan.length)
+        return plan
 
     # Processes and ranks.
 
@@ -509,6 +562,7 @@ class AutoSPStrategy(ParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._read_peak()
         result = self._step("training_step", self.precision_plugin.train_step_context(), args, kwargs)
         loss = result["loss"] if isinstance(result, Mapping) and "loss" in result else result
         if isinstance(loss, Tensor):
@@ -526,6 +580,18 @@ class AutoSPStrategy(ParallelStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._step("predict_step", self.precision_plugin.predict_step_context(), args, kwargs)
+
+    def _read_peak(self) -> None:
+        """Put what the first steps took, read at the next, beside what was predicted."""
+        if self.root_device.type != "cuda" or self._peaks_read > PEAKS:
+            return
+        estimates = [step.memory for step in self.report.steps if step.kind == "training_step" and step.memory is not None]
+        if self._peaks_read and len(estimates) == 1:
+            estimates[0].measured = torch.cuda.max_memory_allocated(self.root_device)
+        if self._peaks_read == PEAKS and len(estimates) == 1:
+            rank_zero_info(f"lightning-autosp: {estimates[0].rows()[0][1]}")
+        torch.cuda.reset_peak_memory_stats(self.root_device)
+        self._peaks_read += 1
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:

@@ -24,6 +24,8 @@ from lightning_autosp.compiler.layout import Layout
 from lightning_autosp.compiler.plan import Form, Plan
 from lightning_autosp.exchange import Cut, Range, exchange, fetch, rearrange
 
+aten = torch.ops.aten
+
 __all__ = ["Emitter", "Program", "gather_layout", "slice_layout"]
 
 
@@ -243,7 +245,9 @@ class Emitter:
             self._provide(node, None, self.plan.whole[node](self, node))
         elif sharding is None:
             args, kwargs = self.arguments(node, {})
-            self._provide(node, None, self.call(node.target, args, kwargs))
+            # A value may have another memory layout than when it was traced: attention's result in tiles does.
+            target = aten.reshape.default if node.target is aten.view.default else node.target
+            self._provide(node, None, self.call(target, args, kwargs))
         else:
             if sharding.emit is not None:
                 value = sharding.emit(self, node)

@@ -134,10 +134,10 @@ def estimate_training(
         saved=sum(schedule.saved_storages().values()),
         host=sum(schedule.host_storages().values()),
         limit=limit,
-        flops=sum(cost(node).flops for node in (*schedule.forward, *(n for n in schedule.backward if n in joint.backward))),
-        flops_again=sum(cost(node).flops for node in schedule.recomputed),
+        flops=sum(joint.cost(node).flops for node in (*schedule.forward, *(n for n in schedule.backward if n in joint.backward))),
+        flops_again=sum(joint.cost(node).flops for node in schedule.recomputed),
         seconds_again=choice.seconds,
-        step_seconds=sum(roofline.seconds(cost(node)) for node in (*schedule.forward, *schedule.backward)),
+        step_seconds=sum(roofline.seconds(joint.cost(node)) for node in (*schedule.forward, *schedule.backward)),
         tried=choice.tried,
     )
     total_grads = sum(size for key, size in grads.items() if key not in joint.resident)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lightning_autosp.memory.costs import cost, is_attention, is_view, workspace_bytes
+from lightning_autosp.memory.costs import Cost, cost, is_attention, is_view, workspace_bytes
 
 __all__ = ["Joint", "Memory", "Peak", "Schedule"]
 
@@ -206,6 +206,7 @@ class Joint:
         self.of_parameters, self.of_data = self._kinds()
         self.forward = self._needed(self.outputs)
         self._wanted: set[fx.Node] | None = None
+        self._costs: dict[fx.Node, Cost] = {}
 
     def _kinds(self) -> tuple[set[fx.Node], set[fx.Node]]:
         with_parameters, with_data = set(self.parameters), set(self.primals) - set(self.parameters)
@@ -233,6 +234,12 @@ class Joint:
     def is_activation(self, node: fx.Node) -> bool:
         """Whether the value depends on parameters and on data, and is no gradient."""
         return node not in self.backward and node not in self.of_parameters and node not in self.of_data
+
+    def cost(self, node: fx.Node) -> Cost:
+        """Return what running an operator costs."""
+        if node not in self._costs:
+            self._costs[node] = cost(node)
+        return self._costs[node]
 
     def schedule(self, kept: set[fx.Node], offloaded: frozenset[fx.Node] = frozenset()) -> Schedule:
         """Return what runs if the results of these operators are kept for backward, and everything else is computed again.
@@ -355,7 +362,8 @@ class Schedule:
         return replace(self, backward=order)
 
     def _is_cheap(self, node: fx.Node) -> bool:
-        return is_view(node) or not (cost(node).flops or cost(node).sent or is_attention(node) or self.joint.memory.workspace[node])
+        one = self.joint.cost(node)
+        return is_view(node) or not (one.flops or one.sent or is_attention(node) or self.joint.memory.workspace[node])
 
     def _fresh(self) -> set[fx.Node]:
         """Return the values that are no more to keep alive than what they are computed from."""

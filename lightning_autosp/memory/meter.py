@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,7 @@ __all__ = ["LiveBytes"]
 class LiveBytes(TorchDispatchMode):
     """A dispatch mode that counts the bytes of the storages that operators under it make, until they are freed.
 
-    What a kernel allocates and frees within itself is not seen, nor is an allocator's rounding.
+    What a kernel of PyTorch's allocates and frees within itself is not seen, nor is an allocator's rounding.
 
     Attributes:
         live: Bytes alive now.
@@ -48,7 +49,10 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        # The kernels of this package's own operators are made of operators, whose values count too.
+        inside = self if getattr(func, "namespace", "") == "autosp" else contextlib.nullcontext()
+        with inside:
+            out = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._watch(leaf, counted=True)

@@ -20,7 +20,7 @@ from typing import Literal
 
 from torch import fx
 
-from lightning_autosp.memory.costs import Roofline, cost, is_attention, is_collective, is_view
+from lightning_autosp.memory.costs import Roofline, is_attention, is_collective, is_view
 from lightning_autosp.memory.joint import Joint, Schedule, is_random, tensors_of, unit
 
 __all__ = ["CheckpointPolicy", "Choice", "Recomputation", "choose", "evaluate", "keep_for"]
@@ -87,7 +87,7 @@ def anchors(joint: Joint) -> list[fx.Node]:
     found = [node for node in order if is_attention(node)]
     if found:
         return found
-    products = [node for node in order if cost(node).flops > 0]
+    products = [node for node in order if joint.cost(node).flops > 0]
     stride = max(1, round(len(products) ** 0.5))
     return products[::stride]
 
@@ -134,7 +134,7 @@ class Recomputation:
 
     def __init__(self, joint: Joint, roofline: Roofline) -> None:
         schedule = joint.schedule(set())
-        self._seconds = {node: roofline.seconds(cost(node)) for node in schedule.recomputed}
+        self._seconds = {node: roofline.seconds(joint.cost(node)) for node in schedule.recomputed}
         self._inputs = {node: node.all_input_nodes for node in self._seconds}
         wanted = (source for node in schedule.backward if node in joint.backward for source in node.all_input_nodes)
         self._frontier = list(dict.fromkeys(source for source in wanted if source in self._seconds))
