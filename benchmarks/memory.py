@@ -69,7 +69,7 @@ def _say(row: Row) -> None:
     errors = [row[f"predicted_{name}"] / row[name] - 1 for name in ("saved", "peak")]
     place = f"{row['model']:<8} {row['length']:>5} {row['ranks']} {row['policy']:<10}"
     sizes = f"saved {row['saved']:>9} {errors[0]:+.2%}  peak {row['peak']:>9} {errors[1]:+.2%}"
-    print(f"{place} {sizes}  again {row['flops_again']:.1%}", flush=True)  # noqa: T201
+    print(f"{place} {sizes}  again {row['flops_again']:.1%}", flush=True)
 
 
 def budgets(layers: int = 4, length: int = 256) -> list[Row]:

@@ -18,7 +18,18 @@ from torch import Tensor, fx
 
 from lightning_autosp import _compat
 
-__all__ = ["TILE_ELEMENTS", "ColumnBounds", "Cut", "Result", "Rows", "TileProgram", "description", "rehearse", "run_tiles"]
+__all__ = [
+    "TILE_ELEMENTS",
+    "ColumnBounds",
+    "Cut",
+    "Result",
+    "Rows",
+    "TileProgram",
+    "attends",
+    "description",
+    "rehearse",
+    "run_tiles",
+]
 
 TILE_ELEMENTS = 2**25
 """Elements of the largest value of one tile: 128 MiB in float32."""
@@ -159,6 +170,7 @@ class TileProgram:
             they see decides the order of collectives.
         columns: Which columns a range of rows needs; `None` for all.
         segments: Which columns it needs for the values of inputs.
+        attends: Whether it is attention, whose rows read other positions; otherwise rows are computed from their own.
         random: Whether random numbers are drawn; the first input is then a seed.
         autocast: Arguments of `torch.autocast` the program runs under; `None` for what is in force.
     """
@@ -173,6 +185,7 @@ class TileProgram:
     inlined: bool
     columns: ColumnBounds | None = None
     segments: tuple[Segments, ...] = ()
+    attends: bool = True
     random: bool = False
     autocast: tuple[str, torch.dtype, bool] | None = None
     handle: int = field(default_factory=itertools.count().__next__)
@@ -325,6 +338,11 @@ def _backward(
 @_tiles_backward.register_fake
 def _(grads: Sequence[Tensor], inputs: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], handle: int) -> list[Tensor]:
     return [torch.empty_like(inputs[index]) for index in wanted]
+
+
+def attends(handle: int) -> bool:
+    """Whether a program is attention."""
+    return _PROGRAMS[handle].attends
 
 
 def description(handle: int) -> Any:

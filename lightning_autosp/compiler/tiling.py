@@ -23,7 +23,7 @@ from lightning_autosp.compiler.capture import Captured, is_size
 from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.locality import is_pointwise
 from lightning_autosp.compiler.plan import Form
-from lightning_autosp.compiler.regions import Region
+from lightning_autosp.compiler.regions import Region, RowRegion
 from lightning_autosp.compiler.rule import Facts, Rule, tensor_inputs
 from lightning_autosp.compiler.rules import factories, views
 from lightning_autosp.compiler.rules.generic import broadcast_needs
@@ -385,6 +385,7 @@ def write_tile(
         inlined=num_rows <= tile_rows,
         columns=column_bounds(proof, em.sizes) if proof is not None and columns is not None else None,
         segments=tuple(by_segments),
+        attends=not isinstance(region, RowRegion),
         random=region.any(is_random),
         autocast=_autocast(region.exits[0].meta["val"].device.type),
     )

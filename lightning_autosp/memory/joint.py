@@ -23,9 +23,6 @@ __all__ = ["Joint", "Memory", "Peak", "Schedule"]
 
 aten = torch.ops.aten
 
-STALE = 3
-"""So many costly operators later a cheap value is computed once more rather than kept."""
-
 Storages = dict[int, int]
 """`storage -> bytes`."""
 
@@ -332,8 +329,11 @@ class Schedule:
     saved: list[fx.Node]
     offloaded: frozenset[fx.Node] = field(default_factory=frozenset)
 
-    def refreshed(self) -> Schedule:
+    def refreshed(self, patience: int) -> Schedule:
         """Return the schedule in which cheap values do not wait for their next use, but are computed once more before it.
+
+        Args:
+            patience: So many costly operators (products, attention, collectives) they do wait.
 
         Without, whatever backward computes again exists once, and what a layer first made (the float32 copies of a norm)
         waits until the rest of the layer has been differentiated.
@@ -345,7 +345,7 @@ class Schedule:
 
         def provide(node: fx.Node) -> None:
             for source in node.all_input_nodes:
-                if source in fresh and costly - made_at.get(source, -STALE) >= STALE:
+                if source in fresh and costly - made_at.get(source, -patience) >= patience:
                     provide(source)
                     made_at[source] = costly
                     order.append(source)

@@ -34,7 +34,7 @@ class Decision(NamedTuple):
 
     policy: str
     kept: tuple[str, ...]
-    refreshed: bool
+    patience: int
     fits: bool
 
 
@@ -147,7 +147,7 @@ class Partitioner:
         if self.decided is None:
             choice = choose(joint, chosen.policy, chosen.roofline, limit, default)
             kept = tuple(node.name for node in joint.nodes if node in choice.kept)
-            own = Decision(choice.policy, kept, choice.refreshed, choice.fits)
+            own = Decision(choice.policy, kept, choice.patience, choice.fits)
             self.decided = chosen.agree(own)
         if choice is None or self.decided != own:
             choice = self._follow(joint, self.decided, limit)
@@ -165,11 +165,11 @@ class Partitioner:
             )
         kept = {named[name] for name in decision.kept}
         schedule = joint.schedule(kept)
-        schedule = schedule.refreshed() if decision.refreshed else schedule
+        schedule = schedule.refreshed(decision.patience) if decision.patience else schedule
         peak = max(one.bytes for one in schedule.peaks())
         seconds = Recomputation(joint, self.options.roofline).of(schedule)
         fits = limit is None or peak <= limit
-        return Choice(decision.policy, schedule, peak, seconds, fits, kept=kept, refreshed=decision.refreshed)
+        return Choice(decision.policy, schedule, peak, seconds, fits, kept=kept, patience=decision.patience)
 
     def see(self, gm: fx.GraphModule) -> None:
         """Estimate a graph without backward, which is not partitioned."""

@@ -27,6 +27,9 @@ __all__ = ["CheckpointPolicy", "Choice", "Recomputation", "choose", "evaluate", 
 
 CheckpointPolicy = Literal["auto", "none", "attention", "full"]
 
+PATIENCE = (3, 1)
+"""How long cheap values wait for their next use, where a choice does not fit if they wait for ever; tried in this order."""
+
 EXHAUSTIVE = 10
 """So many candidates are all tried in every combination."""
 
@@ -43,7 +46,7 @@ class Choice:
         fits: Whether the peak is within the limit.
         tried: Choices that were simulated.
         kept: The operators whose results are kept.
-        refreshed: Whether cheap values are computed again for every use; see `Schedule.refreshed`.
+        patience: Of `Schedule.refreshed`; 0 if the schedule is not refreshed.
     """
 
     policy: str
@@ -53,7 +56,7 @@ class Choice:
     fits: bool
     tried: int = 1
     kept: set[fx.Node] = field(default_factory=set)
-    refreshed: bool = False
+    patience: int = 0
 
 
 def must_keep(joint: Joint) -> set[fx.Node]:
@@ -82,14 +85,20 @@ def _waits(collectives: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def anchors(joint: Joint) -> list[fx.Node]:
-    """Return the operators that cuts stand before: attention; without any, where matrix products divide evenly."""
+    """Return the operators that cuts stand before: attention and the loss; without any, where matrix products divide evenly."""
     order = [node for node in joint.nodes if node in joint.forward and joint.is_activation(node)]
     found = [node for node in order if is_attention(node)]
     if found:
-        return found
+        behind = order[order.index(found[-1]) + 1 :]
+        # What takes most behind the last (logits and their loss) is differentiated first, before the last layer is made again.
+        return [*found, *sorted(behind, key=lambda node: _bytes_at(joint, node))[-1:]]
     products = [node for node in order if joint.cost(node).flops > 0]
     stride = max(1, round(len(products) ** 0.5))
     return products[::stride]
+
+
+def _bytes_at(joint: Joint, node: fx.Node) -> int:
+    return joint.memory.workspace[node] + sum(joint.memory.made[node].values())
 
 
 def cuts(joint: Joint) -> set[fx.Node]:
@@ -166,11 +175,15 @@ def evaluate(joint: Joint, policy: str, kept: set[fx.Node], again: Recomputation
     peak = max(one.bytes for one in schedule.peaks())
     if limit is None or peak <= limit:
         return Choice(policy, schedule, peak, again.seconds(kept), True, kept=kept)
-    fresh = schedule.refreshed()
-    smaller = max(one.bytes for one in fresh.peaks())
-    if smaller >= peak:
-        return Choice(policy, schedule, peak, again.seconds(kept), False, kept=kept)
-    return Choice(policy, fresh, smaller, again.of(fresh), smaller <= limit, kept=kept, refreshed=True)
+    best = Choice(policy, schedule, peak, again.seconds(kept), False, kept=kept)
+    for patience in PATIENCE:
+        fresh = schedule.refreshed(patience)
+        peak = max(one.bytes for one in fresh.peaks())
+        if peak < best.peak:
+            best = Choice(policy, fresh, peak, again.of(fresh), peak <= limit, kept=kept, patience=patience)
+        if best.fits:
+            break
+    return best
 
 
 def choose(joint: Joint, policy: str, roofline: Roofline, limit: int | None, default: set[fx.Node]) -> Choice:
