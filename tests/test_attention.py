@@ -87,6 +87,7 @@ def test_repeated_heads_are_sent_once(heads: int, kv_heads: int, ranks: int, mon
     net = Attention(heads, kv_heads, is_causal=True, repeat=True)
     report = assert_exact(net, inputs(), net, num_ranks=ranks).report
     assert not report.in_full
+    assert all(whole.reason == "returned, logged or recorded by the step" for whole in report.gathered)
     assert set(sent) == {(kv_heads, kv_heads)}
 
 

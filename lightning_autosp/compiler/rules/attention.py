@@ -69,7 +69,10 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
         options = (given["dropout_p"], given["is_causal"], em.value(given["scale"]))
         return em.call(ulysses_attention, (*parts, None if mask is None else em.get(mask, None), *options, *lengths))
 
-    return Sharding(needs, layout, emit, kind="attention", note="ulysses", mask=node.meta.get("mask", ""))
+    repeated = tuple(one for one in (given["key"], given["value"]) if one not in needs)
+    once = {one: wanted for one, wanted in needs.items() if repeated and one in (key, value)}
+    mask = node.meta.get("mask", "")
+    return Sharding(needs, layout, emit, kind="attention", note="ulysses", mask=mask, unused=repeated, also=once)
 
 
 def flash(facts: Facts, node: fx.Node) -> Sharding | None:
