@@ -34,7 +34,12 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 
 # An operator's description needs the value of a size that depends on data.
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 from torch.utils.checkpoint import CheckpointPolicy
 
 try:
@@ -69,6 +74,7 @@ __all__ = [
     "min_cut",
     "min_cut_partition",
     "node_of",
+    "outside_tracing",
     "partitioner",
     "shape_replacements",
     "size_guards",
@@ -170,6 +176,11 @@ def size_guards(fake_mode: Any) -> list[Any]:
     """Return what tracing found true of sizes, and what is checked of every input of the graph (`Eq(s//2, (s + 1)//2)`)."""
     env = fake_mode.shape_env
     return [guard.expr for guard in env.guards] if env is not None else []
+
+
+def outside_tracing() -> AbstractContextManager[Any]:
+    """Compute with real tensors while something is being traced."""
+    return _disable_current_modes()
 
 
 def mesh_without_group(num_ranks: int) -> DeviceMesh:

@@ -56,7 +56,7 @@ from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum
 from lightning_autosp.memory.devices import device_kind, device_of, limit_bytes
 from lightning_autosp.memory.estimate import States, optimizer_memory
-from lightning_autosp.memory.partition import Decision, MemoryOptions
+from lightning_autosp.memory.partition import Agreed, MemoryOptions
 from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh, resolve_sizes
 from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
@@ -442,13 +442,13 @@ class AutoSPStrategy(ParallelStrategy):
             one_decision=self.data_parallel_size > 1,
         )
 
-    def _agree_on_memory(self, own: Decision) -> Decision:
+    def _agree_on_memory(self, own: Agreed) -> Agreed:
         """Return what the first rank decided: of the sequence group, or of all where other groups may have other lengths."""
         group = None if self.data_parallel_size > 1 else self._meshes.sequence_group
-        decided: list[Any] = [own]
+        decided = [own]
         if self.world_size > 1:
             dist.broadcast_object_list(decided, src=dist.get_process_group_ranks(group)[0] if group else 0, group=group)
-        return Decision(*decided[0])
+        return decided[0]
 
     def _states_held(self) -> States:
         """Return what this rank holds besides what a step takes. Of uneven parts, the first rank's are the largest."""

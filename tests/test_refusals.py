@@ -221,6 +221,18 @@ def _find_batch_size() -> None:
     trainer.fit(OwnData())
 
 
+def test_memory_limit_below_what_is_held(pool: Pool) -> None:
+    message = refused(pool, jobs.fit, "GPT", {"memory_limit": "10KiB"}, 2)
+    assert "memory_limit is 10.0 KiB" in message
+    assert "optimizer state alone are more: use more ranks" in message
+
+
+def test_memory_limit_below_what_the_step_takes(pool: Pool) -> None:
+    message = refused(pool, jobs.fit, "GPT", {"memory_limit": "300KiB", "checkpoint_policy": "none"}, 2)
+    assert "checkpoint_policy='none', backward at " in message
+    assert "of 64 positions would fit: use a shorter sequence" in message
+
+
 def test_strict_names_the_line(pool: Pool) -> None:
     message = refused(pool, fit_batches, Unruled, torch.ones(6, dtype=torch.long), None, {"strict": True})
     assert "aten.logcumsumexp.default" in message

@@ -257,6 +257,7 @@ class LoweredStep:
             [i for i, value in enumerate(tensors) if self._is_parameter(program, i, value)],
             self._decision,
             may_retry=not self._tiled and compiler.memory.policy == "auto",
+            length=entry.length,
         )
 
         def on_graph(gm: fx.GraphModule) -> None:

@@ -22,7 +22,7 @@ from lightning_autosp.memory.estimate import (
 from lightning_autosp.memory.joint import Joint, unit
 from lightning_autosp.memory.policy import CheckpointPolicy, Choice, Recomputation, choose
 
-__all__ = ["Decision", "DoesNotFitError", "MemoryOptions", "Partitioner"]
+__all__ = ["Agreed", "Decision", "DoesNotFitError", "MemoryOptions", "Partitioner"]
 
 
 class DoesNotFitError(RuntimeError):
@@ -38,8 +38,11 @@ class Decision(NamedTuple):
     fits: bool
 
 
-def _own(decision: Decision) -> Decision:
-    return decision
+Agreed = tuple[Decision, MemoryEstimate]
+
+
+def _own(found: Agreed) -> Agreed:
+    return found
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class MemoryOptions:
         overhead: Bytes that are not the program's.
         states: Gives what the rank holds besides, when a program is compiled.
         fused: Whether the backend fuses elementwise operators, so that what is between them takes no memory.
-        agree: Gives all ranks that compile a program at the same time the same decision: graphs that differ would meet in different
-            collectives. Of uneven parts, the first rank's are the largest.
+        agree: Gives all ranks that compile a program at the same time one decision and estimate: graphs that differ would meet in
+            different collectives. Of uneven parts, the first rank's are the largest.
         one_decision: Whether what is decided for a step's first length holds for all: ranks meet others that have other lengths.
     """
 
@@ -66,7 +69,7 @@ class MemoryOptions:
     overhead: int = 0
     states: Callable[[], States] = States
     fused: bool = False
-    agree: Callable[[Decision], Decision] = _own
+    agree: Callable[[Agreed], Agreed] = _own
     one_decision: bool = False
 
 
@@ -80,6 +83,7 @@ class Partitioner:
         parameters: Which inputs of the program are parameters, by number.
         decided: What was decided for another length, to be done here too.
         may_retry: Whether there is another way to compile the program if it does not fit.
+        length: Positions of the longest sequence, for messages; 0 if there is none.
         estimate: What was found; `None` before it was called.
     """
 
@@ -88,6 +92,7 @@ class Partitioner:
     parameters: Sequence[int]
     decided: Decision | None = None
     may_retry: bool = False
+    length: int = 0
     estimate: MemoryEstimate | None = field(default=None, init=False)
 
     @classmethod
@@ -99,13 +104,14 @@ class Partitioner:
         decided: Decision | None = None,
         *,
         may_retry: bool = False,
+        length: int = 0,
     ) -> Partitioner:
         """Return the partitioner of a program that is about to be called with these inputs."""
         of_parameters = set(parameters)
         batch = sum(value.nbytes for index, value in enumerate(inputs) if index not in of_parameters)
         states = options.states()
         held = replace(states, inputs=batch)
-        return cls(options, held, parameters, decided, may_retry)
+        return cls(options, held, parameters, decided, may_retry, length)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
@@ -143,16 +149,16 @@ class Partitioner:
         """Choose what is kept, and estimate it."""
         chosen = self.options
         limit = None if chosen.limit is None else chosen.limit - self.states.total - chosen.overhead
-        own = choice = None
-        if self.decided is None:
-            choice = choose(joint, chosen.policy, chosen.roofline, limit, default)
-            kept = tuple(node.name for node in joint.nodes if node in choice.kept)
-            own = Decision(choice.policy, kept, choice.patience, choice.fits)
-            self.decided = chosen.agree(own)
-        if choice is None or self.decided != own:
+        if self.decided is not None:
             choice = self._follow(joint, self.decided, limit)
-        self.estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
-        return choice
+            self.estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
+            return choice
+        choice = choose(joint, chosen.policy, chosen.roofline, limit, default)
+        estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
+        own = Decision(choice.policy, tuple(node.name for node in joint.nodes if node in choice.kept), choice.patience, choice.fits)
+        with _compat.outside_tracing():
+            self.decided, self.estimate = chosen.agree((own, estimate))
+        return choice if self.decided == own else self._follow(joint, self.decided, limit)
 
     def _follow(self, joint: Joint, decision: Decision, limit: int | None) -> Choice:
         """Return what another rank, or this one for another length, decided."""
@@ -185,9 +191,17 @@ class Partitioner:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.categories.items() if size)
         raise MemoryLimitError(
             f"The step is predicted to take {format_bytes(found.peak)} on a rank, and memory_limit is {format_bytes(found.limit)} "
-            f"(checkpoint_policy={self.options.policy!r}, {found.phase} at {found.where}: {parts}). Use more ranks, a shorter "
-            f"sequence, or a larger limit."
+            f"(checkpoint_policy={self.options.policy!r}, {found.phase} at {found.where}: {parts}). "
+            f"{self._advice(found, found.limit)}"
         )
+
+    def _advice(self, found: MemoryEstimate, limit: int) -> str:
+        fixed = sum(found.categories.get(name, 0) for name in ("parameters", "gradients", "optimizer", "gathered", "overhead"))
+        if fixed >= limit:
+            return "Parameters, gradients and optimizer state alone are more: use more ranks or a larger limit."
+        length = int(self.length * (limit - fixed) / max(1, found.peak - fixed))
+        fits = f"About {length} of {self.length} positions would fit: use" if length else "Use"
+        return f"{fits} a shorter sequence, more ranks or a larger limit."
 
 
 def reorder(module: fx.GraphModule, order: Sequence[fx.Node]) -> fx.GraphModule:
