@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -70,6 +70,7 @@ __all__ = [
     "is_updated",
     "make_fx",
     "mark_dynamic",
+    "marked_for_now",
     "mesh_without_group",
     "min_cut",
     "min_cut_partition",
@@ -79,6 +80,7 @@ __all__ = [
     "shape_replacements",
     "size_guards",
     "symbolic",
+    "symbols_at_first",
     "to_fun",
     "track_tensor_tree",
     "without_duplicates",
@@ -146,6 +148,28 @@ def dynamic_dims(tensor: torch.Tensor) -> set[int]:
     return set(getattr(tensor, "_dynamo_weak_dynamic_indices", ()))
 
 
+@contextmanager
+def marked_for_now(dims: Mapping[torch.Tensor, Iterable[int]]) -> Iterator[None]:
+    """Ask Dynamo for symbols for these dimensions, for a while. Compiled code stays valid when the marks are gone."""
+    name = "_dynamo_weak_dynamic_indices"
+    before = {tensor: getattr(tensor, name, None) for tensor in dims}
+    try:
+        for tensor, marked in dims.items():
+            setattr(tensor, name, {*(before[tensor] or ()), *marked})
+        yield
+    finally:
+        for tensor, indices in before.items():
+            if indices is None:
+                delattr(tensor, name)
+            else:
+                setattr(tensor, name, indices)
+
+
+def symbols_at_first(size: int | torch.SymInt) -> set[Any]:
+    """Return the symbols that a size was made of, whatever is known of them by now."""
+    return set(size.node._expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
 def example_of(placeholder: torch.fx.Node) -> Any:
     """Return the real value Dynamo saw for a graph input, while its backend runs."""
     arg = placeholder.meta.get("grapharg")
@@ -172,10 +196,13 @@ def shape_replacements(fake_mode: Any) -> dict[Any, Any]:
     return dict(env.replacements) if env is not None else {}
 
 
-def size_guards(fake_mode: Any) -> list[Any]:
-    """Return what tracing found true of sizes, and what is checked of every input of the graph (`Eq(s//2, (s + 1)//2)`)."""
+def size_guards(fake_mode: Any) -> list[tuple[Any, str]]:
+    """Return what tracing found true of sizes, which is checked of every input of the graph: `Eq(s//2, (s + 1)//2)`.
+
+    Each comes with the line that asked, `source  # file:line in function`, the start of the path missing; empty if it is not known.
+    """
     env = fake_mode.shape_env
-    return [guard.expr for guard in env.guards] if env is not None else []
+    return [(guard.expr, getattr(guard.sloc, "maybe_user_loc", None) or "") for guard in env.guards] if env is not None else []
 
 
 def outside_tracing() -> AbstractContextManager[Any]:

@@ -286,7 +286,15 @@ class Planner:
         Args:
             length: Positions of the longest sequence; others keep their ratio to it.
             policies: Which to estimate.
+
+        Raises:
+            PlanError: If the module works with the batch's length only.
         """
+        if length != self.length and self.lowered.captured.following:
+            raise PlanError(
+                f"{type(self.module).__name__} has tensors of as many positions as the batch ({self.length}), so length {length} "
+                "cannot be planned. Make the module and the batch for that length."
+            )
         sizes = self._sizes(length)
         emitter, program = self.lowered.emit(sizes, self.group, self.parameters)
         estimates: dict[str, MemoryEstimate] = {}

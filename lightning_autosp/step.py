@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 from lightning_autosp import _compat
+from lightning_autosp.compiler.capture import Captured
 from lightning_autosp.compiler.crossing import EagerMarks, PartTensor
 from lightning_autosp.compiler.report import GraphBreak, StrictModeError
 from lightning_autosp.compiler.scalars import NeedsBreakError
@@ -91,6 +92,25 @@ def symbolic_block_masks(module: torch.nn.Module, batch: Any) -> Iterator[None]:
             mask.seq_lengths = before
 
 
+_Choice = Callable[[Tensor, int], bool]
+"""Of dimensions of the module's tensors."""
+
+
+class _CaptureAgainError(Exception):
+    """A captured graph is refused: of the module's tensors, the dimensions that `chosen` accepts are to be symbols."""
+
+    def __init__(self, chosen: _Choice) -> None:
+        super().__init__("the step is captured again")
+        self.chosen = chosen
+
+
+def _dims(module: torch.nn.Module, chosen: _Choice) -> dict[Tensor, list[int]]:
+    """Return the chosen dimensions of the module's parameters and buffers."""
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if type(tensor) in (Tensor, torch.nn.Parameter)]
+    found = {tensor: [dim for dim in range(tensor.ndim) if chosen(tensor, dim)] for tensor in tensors}
+    return {tensor: dims for tensor, dims in found.items() if dims}
+
+
 _MESSAGES = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
 
 
@@ -124,9 +144,11 @@ class CompiledStep:
         self, module: LightningModule, kind: str, compiler: Compiler, parameters: ModuleParameters, sequence_dim: int
     ) -> None:
         self.module, self.kind, self.parameters, self.sequence_dim = module, kind, parameters, sequence_dim
-        self.compiler = replace(compiler, kind=kind, parameters=parameters)
+        self.compiler = replace(compiler, kind=kind, parameters=parameters, inspect=self._refuse_fixed_length)
         self._deferred = _Deferred(module)
         self._mode = "whole"
+        self._chosen: _Choice | None = None
+        """Which sizes of the module's tensors are symbols when the step is captured."""
         self._run = compile_step(self._user_step(), self.compiler)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +158,7 @@ class CompiledStep:
             try:
                 masks = contextlib.nullcontext() if self._mode == "eager" else symbolic_block_masks(self.module, (args, kwargs))
                 marks = EagerMarks(lengths) if self._mode == "pieces" and _compat.DYNAMO_IGNORES_MODES else contextlib.nullcontext()
-                with values, self._deferred.recording(one_graph=self._mode == "whole"), marks, masks:
+                with values, self._deferred.recording(one_graph=self._mode == "whole"), marks, masks, self._symbolic_sizes():
                     result = self._run(*args, **kwargs)
                 break
             except StrictModeError:
@@ -145,8 +167,14 @@ class CompiledStep:
                 self._change("eager", "the step keeps changing (a Python number that differs every time?)", error)
             except CANNOT_TRACE as error:
                 cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+                if isinstance(cause, _CaptureAgainError):
+                    self._capture_again(cause.chosen)
+                    continue
                 if self._mode != "whole" or not isinstance(cause, (NeedsBreakError, *CANNOT_TRACE)):
                     raise
+                if self._chosen is not None:
+                    self._capture_again(None)
+                    continue
                 self._change("pieces", _headline(cause), error)
             except RuntimeError as error:
                 if self._mode == "pieces" and "data pointer" in str(error):
@@ -156,6 +184,46 @@ class CompiledStep:
         if self._mode == "pieces":
             self._finish_attributes()
         return self._finished(result)
+
+    def _refuse_fixed_length(self, captured: Captured) -> None:
+        """Have a step captured again if it fixes the sequence's length to a size of the module.
+
+        A table of positions that is added whole, `x + self.pos`, would fix it; with a symbol of its own, the sum makes the two the
+        same. That is no default: a layer's width that happens to be the sequence's length would get a symbol too.
+        """
+        ranks = self.compiler.group.size
+        sizes = {fixed.size for fixed in captured.fixed if fixed.size >= ranks > 1}
+
+        def chosen(tensor: Tensor, dim: int) -> bool:
+            return tensor.shape[dim] in sizes
+
+        if sizes and _dims(self.module, chosen):
+            raise _CaptureAgainError(chosen)
+
+    def _refuse_other_symbols(self, captured: Captured) -> None:
+        """Have a step captured once more if a size of the module that has nothing to do with the sequence stayed a symbol."""
+        self.compiler.inspect = None
+        following = captured.following
+        if captured.loose:
+            raise _CaptureAgainError(lambda tensor, dim: (id(tensor), dim) in following)
+
+    def _capture_again(self, chosen: _Choice | None) -> None:
+        inspect = self._refuse_other_symbols if self._chosen is None and chosen is not None else None
+        self._chosen, self.compiler = chosen, replace(self.compiler, inspect=inspect)
+        self._run = compile_step(self._user_step(), self.compiler)
+        if chosen is not None:
+            config = torch._dynamo.config
+            self._run = config.patch(force_parameter_static_shapes=False, force_nn_module_property_static_shapes=False)(self._run)
+
+    @contextlib.contextmanager
+    def _symbolic_sizes(self) -> Iterator[None]:
+        marks = {} if self._chosen is None else _dims(self.module, self._chosen)
+        self.compiler.own.update(map(id, marks))
+        try:
+            with _compat.marked_for_now(marks):
+                yield
+        finally:
+            self.compiler.own.clear()
 
     def _finished(self, tree: Any) -> Any:
         """Return what the step returned or logged, whole: nobody outside expects that reading it is a collective."""
@@ -185,12 +253,14 @@ class CompiledStep:
         if self.compiler.strict:
             raise StrictModeError(f"strict=True: {self.kind} is not one graph. At {where}: {reason}") from error
         self.compiler.report.breaks.append(GraphBreak(where, f"{self.kind}: {reason}"))
-        self._mode = mode
+        self._mode, self._chosen = mode, None
         if mode == "eager":
             self.compiler.report.notes.append(f"{self.kind} runs uncompiled and unsharded: right, but slow and large")
             self._run = self._user_step()
         else:
-            pieces = compile_step(self._user_step(), replace(self.compiler, parameters=None, pieces=True), fullgraph=False)
+            pieces = compile_step(
+                self._user_step(), replace(self.compiler, parameters=None, pieces=True, inspect=None), fullgraph=False
+            )
             # A piece that cannot be traced runs as it is: right, because parameters are whole and values from other pieces make
             # themselves whole. Starting the step again instead would repeat what earlier pieces did.
             self._run = torch._dynamo.config.patch(suppress_errors=True)(pieces)

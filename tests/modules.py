@@ -168,6 +168,25 @@ class Regression(GPT):
         return loss
 
 
+class Tables(GPT):
+    """Works with one length only: tables of as many positions, one of them a buffer, are added whole."""
+
+    def __init__(self, lr: float = 1e-2, length: int = 61) -> None:
+        super().__init__(lr, causal=False)
+        self.first, self.second = nn.Parameter(torch.randn(1, length, WIDTH)), nn.Parameter(torch.randn(length, WIDTH))
+        self.register_buffer("third", torch.randn(length, 1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.first
+        for block in self.blocks:
+            x = block(x + self.second) * self.third
+        return self.head(self.norm(x))
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits = self(batch["ids"])[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()), logits
+
+
 class MetricsInEveryWay(GPT):
     """`update`, a collection, and in training `forward`, whose value is logged."""
 

@@ -97,6 +97,18 @@ def test_four_ranks(pool: Pool, module: str) -> None:
 
 
 @pytest.mark.parametrize("sharding", ["full", "replicate"])
+def test_tables_of_positions_that_are_added_whole(pool: Pool, sharding: str) -> None:
+    """Parameters have no memory while the step is captured for the second time, too."""
+    run = fit(pool, "Tables", {"parameter_sharding": sharding}, 3, length=61, validate=True)
+    assert_same(run, reference(pool, "Tables", length=61, validate=True))
+    assert run["report"]["num_graphs"] == {"training_step": 1, "validation_step": 1}
+    for step in run["report"]["steps"]:
+        assert step["in_full"] == []
+        assert all("returned, logged" in whole["reason"] for whole in step["gathered"])
+        assert len(step["attention"]) == 2
+
+
+@pytest.mark.parametrize("sharding", ["full", "replicate"])
 def test_data_times_sequence(pool: Pool, sharding: str) -> None:
     """Two groups with batch 1 against one device with batch 2, in the order the distributed sampler deals them."""
     strategy = {"parameter_sharding": sharding, "data_parallel_size": 2}

@@ -7,7 +7,7 @@ functional, `no_grad` and autocast regions stay where they were, and every node 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,16 @@ from lightning_autosp.compiler.layout import as_expr
 from lightning_autosp.compiler.repeats import CannotRepeatError, Repeat, Repetitions, find_repeats
 from lightning_autosp.compiler.scalars import NeedsBreakError, keep_numbers_as_tensors
 
-__all__ = ["Captured", "capture", "is_size", "memory_of"]
+__all__ = ["Captured", "Fixed", "capture", "is_size", "memory_of"]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What follows from the sequence's length and has to be one number, because the code wants it so."""
+
+    size: int
+    place: str
+    """The line of code, as `_compat.size_guards` gives it."""
 
 
 @dataclass
@@ -50,6 +59,11 @@ class Captured:
     """Placeholders the step updates in place; the last outputs of the graph are their new values, in this order."""
     kept: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """Logits that are held whole, with a node that wants them so."""
+    fixed: list[Fixed] = field(default_factory=list)
+    following: set[tuple[int, int]] = field(default_factory=set)
+    """`(id(tensor), dim)` of the module's marked dimensions that have to be what the sequence makes them."""
+    loose: set[sympy.Symbol] = field(default_factory=set)
+    """What other marked dimensions of the module consist of."""
     num_traced: int = 0
     """Operators of Dynamo's graph that were traced; the others repeat some of them."""
 
@@ -68,12 +82,13 @@ def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = 
 _DECOMPOSITIONS = {torch.ops.aten.copy.default: _copy}
 
 
-def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
+def capture(gm: fx.GraphModule, parameter_names: dict[int, str], own: Container[int] = ()) -> Captured:
     """Normalise a Dynamo graph.
 
     Args:
         gm: The graph module Dynamo hands to a backend, while the backend runs.
         parameter_names: `id(parameter) -> fully qualified name` for the parameters that gradients are reduced for.
+        own: `id(tensor)` of the module's tensors whose sizes are marked. What is marked of others is a sequence.
 
     Returns:
         The graph with symbolic shapes in `node.meta["val"]`.
@@ -96,14 +111,21 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
         traced, mutated, num_traced = _trace(gm, values, fake_mode, [])
     keep_numbers_as_tensors(traced.graph)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    marked = [
+        (value.shape[dim], (id(example), dim), id(example) in own)
+        for value, example in zip(values, examples, strict=True)
+        if isinstance(value, torch.Tensor) and isinstance(example, torch.Tensor)
+        for dim in sorted(_compat.dynamic_dims(example))
+    ]
+    guards = _compat.size_guards(fake_mode)
     replacements = dict(_compat.shape_replacements(fake_mode))
-    replacements |= _equal_quotients(_compat.size_guards(fake_mode), replacements)
-
-    symbols: set[sympy.Symbol] = set()
-    for value, example in zip(values, examples, strict=True):
-        if isinstance(value, torch.Tensor) and isinstance(example, torch.Tensor):
-            for dim in _compat.dynamic_dims(example):
-                symbols |= as_expr(value.shape[dim], replacements).free_symbols
+    symbols = {symbol for size, _, is_own in marked if not is_own for symbol in as_expr(size, replacements).free_symbols}
+    lengths = {symbol for size, _, is_own in marked if not is_own for symbol in _compat.symbols_at_first(size)}
+    equalities = [guard for guard, _ in guards if isinstance(guard, sympy.Eq)]
+    of_module = {symbol for size, _, is_own in marked if is_own for symbol in as_expr(size, replacements).free_symbols - symbols}
+    replacements |= _sizes_that_follow(equalities, replacements, of_module, symbols)
+    replacements |= _equal_quotients(equalities, replacements)
+    own_sizes = {place: as_expr(size, replacements).free_symbols for size, place, is_own in marked if is_own}
     parameters = {
         node: parameter_names[id(example)]
         for node, example in zip(placeholders, examples, strict=True)
@@ -122,6 +144,9 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str]) -> Captured:
         parameters=parameters,
         trainable=trainable | set(parameters),
         mutated=[placeholders[index] for index in mutated],
+        fixed=_fixed(guards, lengths),
+        following={place for place, found in own_sizes.items() if found & symbols},
+        loose={symbol for found in own_sizes.values() for symbol in found - symbols},
         num_traced=num_traced,
     )
     _refuse_sizes_of_data(captured)
@@ -150,18 +175,45 @@ def _size_of_data(node: fx.Node) -> NeedsBreakError:
     return NeedsBreakError(f"how large the result of {node.target} is depends on a tensor's values\n{node.stack_trace or ''}")
 
 
-def _equal_quotients(guards: Iterable[sympy.Expr], replacements: Mapping[sympy.Expr, sympy.Expr]) -> dict[sympy.Expr, sympy.Expr]:
+def _fixed(guards: Iterable[tuple[sympy.Expr, str]], lengths: set[sympy.Symbol]) -> list[Fixed]:
+    """Return the numbers that sizes have to be which were made of these symbols."""
+    found: dict[int, str] = {}
+    for guard, place in guards:
+        if isinstance(guard, sympy.Eq) and guard.free_symbols & lengths:
+            number = next((side for side in guard.args if side.is_Integer and side > 1), None)
+            if number is not None:
+                found.setdefault(int(number), place)
+    return [Fixed(size, place) for size, place in found.items()]
+
+
+def _sizes_that_follow(
+    equalities: Iterable[sympy.Eq],
+    replacements: Mapping[sympy.Expr, sympy.Expr],
+    of_module: set[sympy.Symbol],
+    symbols: set[sympy.Symbol],
+) -> dict[sympy.Expr, sympy.Expr]:
+    """Return the sizes of the module's tensors that have to be what the sequences make them: `(height // 16) * (width // 16)`."""
+    equal: dict[sympy.Expr, sympy.Expr] = {}
+    for equality in equalities:
+        sides = [as_expr(side, replacements) for side in equality.args]
+        for size, of_sequence in (sides, sides[::-1]):
+            if size in of_module and of_sequence.free_symbols and of_sequence.free_symbols <= symbols:
+                equal[size] = of_sequence
+    return equal
+
+
+def _equal_quotients(equalities: Iterable[sympy.Eq], replacements: Mapping[sympy.Expr, sympy.Expr]) -> dict[sympy.Expr, sympy.Expr]:
     """Return the quotients that tracing found equal to something simpler.
 
     `x.view(B, -1, 4, D)` of `s` positions has `s // (s // 4)` for the 4, which looks like one more sequence; every second position
     from the first on are `(s + 1) // 2`, those from the second on `s // 2`.
     """
     equal: dict[sympy.Expr, sympy.Expr] = {}
-    for guard in guards:
-        if isinstance(guard, sympy.Eq):
-            simple, quotient = sorted(guard.args, key=lambda side: (sympy.count_ops(side), str(side)))
-            if isinstance(quotient, sympy.Function):
-                equal[quotient] = equal[as_expr(quotient, replacements)] = simple
+    for equality in equalities:
+        simple, quotient = sorted(equality.args, key=lambda side: (sympy.count_ops(side), str(side)))
+        known = as_expr(quotient, replacements)
+        if isinstance(quotient, sympy.Function) and as_expr(simple, replacements) != known:
+            equal[quotient] = equal[known] = simple
     return equal
 
 

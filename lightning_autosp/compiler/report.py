@@ -19,6 +19,7 @@ from lightning_autosp.compiler.rule import bound
 from lightning_autosp.compiler.written_out import SDPA
 
 if TYPE_CHECKING:
+    from lightning_autosp.compiler.capture import Captured
     from lightning_autosp.compiler.emit import Emitter, Program
     from lightning_autosp.compiler.rule import Sharding
     from lightning_autosp.memory.estimate import MemoryEstimate
@@ -51,9 +52,13 @@ def is_users(file: str) -> bool:
     return not any(part in file for part in _NOT_THE_USERS)
 
 
+def _frames(node: fx.Node) -> list[tuple[str, int]]:
+    return [(m["file"], int(m["line"])) for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+
+
 def user_line(node: fx.Node) -> str:
     """Return `file:line` of the innermost frame that is neither torch's nor Lightning's."""
-    frames = [(m["file"], int(m["line"])) for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+    frames = _frames(node)
     own = [frame for frame in frames if is_users(frame[0])]
     chosen = (own or frames or [("<unknown>", 0)])[-1]
     return f"{chosen[0]}:{chosen[1]}"
@@ -198,7 +203,7 @@ class StepReport:
         for node, askers in program.gathers:
             entry.gathered.append(_whole(node, emitter, _reason(askers)))
         if emitter.group.size > 1 and not facts.symbols:
-            entry.in_full.insert(0, Whole("the whole step", "<batch>", "", 0, _why_unsharded(lengths, emitter.group.size)))
+            entry.in_full.insert(0, _unsharded(facts.captured, lengths, emitter.group.size))
         return entry
 
     def count_collectives(self, gm: fx.GraphModule) -> None:
@@ -235,10 +240,27 @@ class StepReport:
                 )
 
 
-def _why_unsharded(lengths: list[int], num_ranks: int) -> str:
-    if not lengths:
-        return "the code fixes the sequence length, so no dimension could be followed"
-    return f"length {max(lengths)} leaves some of {num_ranks} ranks without a position"
+def _unsharded(captured: Captured, lengths: list[int], num_ranks: int) -> Whole:
+    where, source, reason = "<batch>", "", "the code fixes the sequence length, so no dimension could be followed"
+    if lengths:
+        reason = f"length {max(lengths)} leaves some of {num_ranks} ranks without a position"
+    elif captured.fixed and captured.fixed[0].place:
+        source, _, rest = captured.fixed[0].place.rpartition("  # ")
+        where = _located(rest.partition(" in ")[0], captured.graph)
+        reason = f"the code fixes the sequence length there (to {captured.fixed[0].size}), so no dimension could be followed"
+    return Whole("the whole step", where, source.strip(), 0, reason)
+
+
+def _located(place: str, graph: fx.Graph) -> str:
+    """Return the user's line that led to an innermost `file:line` (the start of its path missing); that line if no operator did."""
+    end, _, line = place.rpartition(":")
+    files: dict[str, None] = {}
+    for node in graph.nodes:
+        frames = _frames(node)
+        if frames and frames[-1][0].endswith(end) and frames[-1][1] == int(line):
+            return user_line(node)
+        files.update((file, None) for file, _ in frames if file.endswith(end))
+    return f"{next(iter(files), end)}:{line}"
 
 
 def _attention(node: fx.Node, sharding: Sharding, emitter: Emitter) -> Attention:

@@ -7,7 +7,7 @@ import functools
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import sympy
@@ -70,6 +70,8 @@ class Compiler:
         rank_seed: Distinguishes this rank's random stream from the others'.
         strict: Whether anything computed in full raises.
         pieces: Whether graphs are pieces of a step that is cut: what they compute as parts they hand on as parts (`PartTensor`).
+        inspect: Called with every graph that was captured; may raise to refuse it.
+        own: `id(tensor)` of the module's tensors whose sizes are marked now: no sequences by themselves.
         memory: How memory is planned; `None`: PyTorch's own partitioner, and nothing is estimated.
         meter: Counts the bytes that programs take.
         tile_local: Positions of a tile in which what is wide between two products (an MLP) is computed, and computed again in
@@ -85,6 +87,8 @@ class Compiler:
     rank_seed: int = 0
     strict: bool = False
     pieces: bool = False
+    inspect: Callable[[Captured], None] | None = None
+    own: set[int] = field(default_factory=set)
     memory: MemoryOptions | None = None
     meter: LiveBytes | None = None
     tile_local: int | None = None
@@ -94,13 +98,15 @@ class Compiler:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            captured = capture(gm, self.parameters.names() if self.parameters else {})
+            captured = capture(gm, self.parameters.names() if self.parameters else {}, self.own)
         except NeedsBreakError as error:
             if not self.pieces:
                 raise
             # Parameters are whole and the inputs make themselves whole, so the piece can run as it is.
             self.report.notes.append(f"{self.kind}: a piece runs in full, because {error}")
             return gm.forward
+        if self.inspect is not None:
+            self.inspect(captured)
         join_attention(captured, functools.partial(can_be_tiled, captured, rules.find))
         tile_losses(captured, rules.find)
         self.report.num_graphs[self.kind] = self.report.num_graphs.get(self.kind, 0) + 1

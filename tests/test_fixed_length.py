@@ -1,0 +1,216 @@
+"""Modules that work with one sequence length, that of a table of positions: sharded none the less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from simulated import assert_step_exact
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_autosp import CheckResult, _compat, check
+from lightning_autosp.compiler import specialise
+from lightning_autosp.memory.devices import device_kind
+from lightning_autosp.plan import PlanError, Planner
+
+LENGTH = 13
+
+
+class Positions(LightningModule):
+    """Patches, given or cut from images, with positions from a table, attention, and a class from the mean."""
+
+    def __init__(
+        self, add: Callable[[Any, Tensor], Tensor], positions: nn.Parameter | Tensor, heads: tuple[int, int] = (2, -1)
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        width = positions.shape[-1]
+        self.add, self.heads = add, heads
+        if isinstance(positions, nn.Parameter):
+            self.pos = positions
+        else:
+            self.register_buffer("pos", positions)
+        self.embed, self.patches = nn.Linear(3, width), nn.Conv2d(3, width, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 5)
+
+    def training_step(self, batch: Tensor, batch_idx: int = 0) -> Tensor:
+        x = self.patches(batch).flatten(2).transpose(1, 2) if batch.ndim == 4 else self.embed(batch)
+        x = self.add(self, x)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, *self.heads)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(x.mean(1)).square().mean()
+
+
+def whole(module: Any, x: Tensor) -> Tensor:
+    return x + module.pos
+
+
+def sliced(module: Any, x: Tensor) -> Tensor:
+    return x + module.pos[:, : x.shape[1]]
+
+
+def after_a_token(module: Any, x: Tensor) -> Tensor:
+    return torch.cat([module.token.expand(x.shape[0], -1, -1), x], 1) + module.pos
+
+
+def resized(module: Any, x: Tensor) -> Tensor:
+    if x.shape[1] == module.pos.shape[1]:
+        return x + module.pos
+    return x + F.interpolate(module.pos.transpose(1, 2), size=x.shape[1], mode="linear").transpose(1, 2)
+
+
+def compared(module: Any, x: Tensor) -> Tensor:
+    if x.shape[1] != LENGTH:
+        raise ValueError(f"length {x.shape[1]}")
+    return x + module.pos
+
+
+def table(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every graph that was captured."""
+    found: list[Any] = []
+    monkeypatch.setattr(specialise, "capture", lambda *args: found.append(capture(*args)) or found[-1])
+    return found
+
+
+capture = specialise.capture
+
+
+def assert_sharded(result: CheckResult) -> None:
+    """Equal to one device, and nothing of it gathered or in full."""
+    assert result.ok, str(result)
+    (step,) = result.report.steps
+    assert [call.method for call in step.attention] == ["ulysses"]
+    assert step.in_full == []
+    assert step.gathered == []
+    assert result.report.num_graphs == {"training_step": 1}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("add", "positions"),
+    [
+        (whole, table(1, LENGTH, 8)),
+        (whole, table(LENGTH, 8)),
+        (whole, table(LENGTH, 8).detach()),
+        (after_a_token, table(1, LENGTH + 1, 8)),
+        (resized, table(1, LENGTH, 8)),
+    ],
+    ids=["samples", "rows", "buffer", "token", "resized"],
+)
+def test_positions_added_whole(add: Any, positions: Any, num_ranks: int, captures: list[Any]) -> None:
+    module = Positions(add, positions)
+    config = torch._dynamo.config.get_config_copy()
+    result = check(module, torch.randn(2, LENGTH, 3), num_ranks=num_ranks)
+    assert_sharded(result)
+    assert len(captures) == 2
+    compared = {one.name for one in result.comparisons}
+    assert ("gradient of pos" if isinstance(positions, nn.Parameter) else "buffer pos") in compared
+    assert torch._dynamo.config.get_config_copy() == config
+    assert all(_compat.dynamic_dims(tensor) == set() for tensor in (*module.parameters(), *module.buffers()))
+
+
+@pytest.mark.parametrize("length", [LENGTH, LENGTH - 2])
+def test_positions_that_are_sliced_need_no_second_capture(length: int, captures: list[Any]) -> None:
+    assert_sharded(check(Positions(sliced, table(1, LENGTH, 8)), torch.randn(2, length, 3)))
+    assert len(captures) == 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 8)])
+def test_patches_of_images(height: int, width: int) -> None:
+    """No size of the batch is fixed, but their product is."""
+    images = torch.randn(2, 3, height, width)
+    assert_sharded(check(Positions(whole, table(1, height * width // 16, 8)), images, sequence_dim=2))
+
+
+def test_positions_of_chunks() -> None:
+    """The sequence as the batch has it is a multiple of that with the table."""
+
+    def of_chunks(module: Any, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, 4)).mean(2) + module.pos
+
+    assert_sharded(check(Positions(of_chunks, table(1, 6, 8)), torch.randn(2, 24, 3)))
+
+
+def test_chunks_of_positions() -> None:
+    def chunks(module: Any, x: Tensor) -> Tensor:
+        return (x + module.pos).unflatten(1, (-1, 4)).cumsum(2).flatten(1, 2)
+
+    # the product for queries, keys and values happens to be as wide as the sequence is long
+    assert_sharded(check(Positions(chunks, table(1, 24, 8)), torch.randn(2, 24, 3)))
+
+
+@pytest.mark.parametrize("heads", [(3, -1), (-1, 4)])
+def test_a_width_that_is_the_length(heads: tuple[int, int]) -> None:
+    assert_sharded(check(Positions(whole, table(1, 12, 12), heads), torch.randn(2, 12, 3), num_ranks=3))
+
+
+class SameEverywhere(Positions):
+    """Width, vocabulary, heads and classes: all as many as positions, and tokens are looked up."""
+
+    def __init__(self) -> None:
+        super().__init__(whole, table(4, 4))
+        self.tokens, self.head = nn.Embedding(4, 4), nn.Linear(4, 4)
+
+    def training_step(self, batch: Tensor, batch_idx: int = 0) -> Tensor:
+        x = self.add(self, self.tokens(batch))
+        q, k, v = (t.unflatten(-1, (-1, 1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return F.cross_entropy(self.head(x).flatten(0, 1), batch.flatten())
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_every_size_is_the_length(num_ranks: int) -> None:
+    result = check(SameEverywhere(), torch.randint(4, (3, 4)), num_ranks=num_ranks)
+    assert result.ok, str(result)
+
+
+def test_modules_of_different_widths_in_one_process() -> None:
+    for width in (8, 12, 6):
+        assert_sharded(check(Positions(whole, table(1, LENGTH, width)), torch.randn(2, LENGTH, 3)))
+
+
+@pytest.mark.skipif(not _compat.DYNAMO_IGNORES_MODES, reason="this torch compiles nothing under a dispatch mode")
+def test_a_later_batch_fixes_the_length() -> None:
+    """And the next one does not."""
+    module = Positions(resized, table(1, LENGTH, 8)).double()
+    lengths = (9, LENGTH, 11, LENGTH)
+    report = assert_step_exact(module, [torch.randn(2, length, 3, dtype=torch.float64) for length in lengths])
+    assert report.breaks == []
+    assert [step.in_full for step in report.steps] == [[], [], []]
+    assert [len(step.attention) for step in report.steps] == [1, 1, 1]
+
+
+def test_a_length_that_python_compares_is_named() -> None:
+    result = check(Positions(compared, table(1, LENGTH, 8)), torch.randn(2, LENGTH, 3))
+    assert result.ok, str(result)
+    (whole_step,) = result.report.steps[0].in_full
+    assert whole_step.where.startswith(f"{__file__}:")
+    assert whole_step.source == "if x.shape[1] != LENGTH:"
+    assert f"the code fixes the sequence length there (to {LENGTH})" in whole_step.reason
+
+
+def test_a_length_that_a_constant_fixes_is_named_with_the_users_line() -> None:
+    offsets = torch.randn(LENGTH, 8)
+    result = check(Positions(lambda module, x: x + offsets, table(1, LENGTH + 1, 8)), torch.randn(2, LENGTH, 3))
+    assert result.ok, str(result)
+    (whole_step,) = result.report.steps[0].in_full
+    assert whole_step.where.startswith(f"{__file__}:")
+    assert "x + offsets" in whole_step.source
+
+
+def test_only_that_length_is_planned() -> None:
+    planner = Planner(Positions(whole, table(1, LENGTH, 8)), torch.randn(2, LENGTH, 3), world=2, device=device_kind("h100"))
+    assert planner.at(LENGTH).estimates["full"].peak > 0
+    with pytest.raises(PlanError, match=rf"tensors of as many positions as the batch \({LENGTH}\).* length 26 cannot be planned"):
+        planner.at(2 * LENGTH)
