@@ -28,11 +28,12 @@ from torchmetrics import Metric, MetricCollection
 from lightning_autosp import _compat
 from lightning_autosp.collectives import Group, average_gradient, gather_parameter
 from lightning_autosp.compiler.emit import Program
-from lightning_autosp.compiler.report import Report, StepReport, StrictModeError, user_line
+from lightning_autosp.compiler.report import Report, StepReport, StrictModeError
 from lightning_autosp.compiler.rules.random import is_random
 from lightning_autosp.compiler.simulate import run_ranks
 from lightning_autosp.compiler.specialise import Compiler, LoweredStep
 from lightning_autosp.data.agreement import batch_error
+from lightning_autosp.lines import user_line
 from lightning_autosp.step import CompiledStep, batch_tensors
 from lightning_autosp.targets import STEP_LOADERS, TargetError, headline, load_target, step_arguments
 

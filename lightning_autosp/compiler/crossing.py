@@ -28,7 +28,8 @@ from lightning_autosp import _compat
 from lightning_autosp.collectives import Group, all_reduce_sum, reduce_scatter_sequence
 from lightning_autosp.compiler.emit import gather_layout, slice_layout
 from lightning_autosp.compiler.layout import Layout, Span
-from lightning_autosp.compiler.report import Crossing, is_users
+from lightning_autosp.compiler.report import Crossing
+from lightning_autosp.lines import is_users
 
 __all__ = ["EagerMarks", "PartTensor", "Placement", "placement_of"]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import linecache
 import operator
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from lightning_autosp.attention.flash import is_kept
 from lightning_autosp.compiler.regions import Region, RowRegion
 from lightning_autosp.compiler.rule import bound
 from lightning_autosp.compiler.written_out import SDPA
+from lightning_autosp.lines import frames, source, user_line
 
 if TYPE_CHECKING:
     from lightning_autosp.compiler.capture import Captured
@@ -31,42 +30,15 @@ __all__ = [
     "Report",
     "StepReport",
     "StrictModeError",
-    "is_users",
-    "user_line",
 ]
 
 MiB = 2**20
 MASK_LIMIT_BYTES = 64 * MiB
 """The largest unproven attention mask that `strict=True` lets pass."""
 
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_NOT_THE_USERS = ("/torch/", "/lightning/", "/lightning_autosp/", "/torchmetrics/")
-
 
 class StrictModeError(RuntimeError):
     """`strict=True` and something would run unsharded."""
-
-
-def is_users(file: str) -> bool:
-    """Whether a file is neither torch's nor Lightning's."""
-    return not any(part in file for part in _NOT_THE_USERS)
-
-
-def _frames(node: fx.Node) -> list[tuple[str, int]]:
-    return [(m["file"], int(m["line"])) for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
-
-
-def user_line(node: fx.Node) -> str:
-    """Return `file:line` of the innermost frame that is neither torch's nor Lightning's."""
-    frames = _frames(node)
-    own = [frame for frame in frames if is_users(frame[0])]
-    chosen = (own or frames or [("<unknown>", 0)])[-1]
-    return f"{chosen[0]}:{chosen[1]}"
-
-
-def _source(where: str) -> str:
-    file, _, line = where.rpartition(":")
-    return linecache.getline(file, int(line)).strip()
 
 
 @dataclass
@@ -256,10 +228,10 @@ def _located(place: str, graph: fx.Graph) -> str:
     end, _, line = place.rpartition(":")
     files: dict[str, None] = {}
     for node in graph.nodes:
-        frames = _frames(node)
-        if frames and frames[-1][0].endswith(end) and frames[-1][1] == int(line):
+        found = frames(node)
+        if found and found[-1][0].endswith(end) and found[-1][1] == int(line):
             return user_line(node)
-        files.update((file, None) for file, _ in frames if file.endswith(end))
+        files.update((file, None) for file, _ in found if file.endswith(end))
     return f"{next(iter(files), end)}:{line}"
 
 
@@ -303,7 +275,7 @@ def _bytes(node: fx.Node, emitter: Emitter) -> int:
 
 def _whole(node: fx.Node, emitter: Emitter, reason: str) -> Whole:
     where = user_line(node)
-    return Whole(_name(node), where, _source(where), _bytes(node, emitter), reason)
+    return Whole(_name(node), where, source(where), _bytes(node, emitter), reason)
 
 
 def _reason(askers: list[fx.Node]) -> str:

@@ -32,7 +32,7 @@ from lightning_autosp.compiler.rowwise import local_regions, tile, tile_losses
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.tiling import can_be_tiled
 from lightning_autosp.memory.meter import LiveBytes
-from lightning_autosp.memory.partition import Decision, DoesNotFitError, MemoryOptions, Partitioner
+from lightning_autosp.memory.partition import DoesNotFitError, MemoryOptions, Partitioner
 
 __all__ = ["MAX_PROGRAMS", "Compiler", "LoweredStep", "Parameters"]
 
@@ -130,7 +130,6 @@ class LoweredStep:
         self._plans: dict[Any, Plan] = {}
         self._programs: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
         self._where = _find_symbols(captured)
-        self._decision: Decision | None = None
         self._tiled = False
 
     def tile(self, tile_rows: int) -> bool:
@@ -228,6 +227,9 @@ class LoweredStep:
 
     def _compile(self, sizes: dict[sympy.Symbol, int], inputs: Sequence[Any]) -> Callable[..., Any]:
         compiler, start = self.compiler, time.perf_counter()
+        before = compiler.memory.decisions.get(compiler.kind) if compiler.memory is not None else None
+        if before is not None and before.tiled and not self._tiled:
+            self.tile(TILE_ROWS)
         while True:
             emitter, program = self.emit(sizes, compiler.group, compiler.parameters, self.arriving(inputs))
             entry = StepReport.of(compiler.kind, emitter, program, self.captured.symbols)
@@ -261,8 +263,8 @@ class LoweredStep:
             compiler.memory,
             tensors,
             [i for i, value in enumerate(tensors) if self._is_parameter(program, i, value)],
-            self._decision,
-            may_retry=not self._tiled and compiler.memory.policy == "auto",
+            compiler.memory.decisions.get(compiler.kind),
+            may_retry=not self._tiled and compiler.memory.policy == "auto" and compiler.kind not in compiler.memory.decisions,
             length=entry.length,
         )
 
@@ -271,8 +273,8 @@ class LoweredStep:
             partition.see(gm)
 
         run = compiler.compile(program.module, tensors, on_graph, partition)
-        if compiler.memory.one_decision:
-            self._decision = partition.decided
+        if compiler.memory.one_decision and partition.decided is not None:
+            compiler.memory.decisions.setdefault(compiler.kind, partition.decided._replace(tiled=self._tiled))
         entry.memory = partition.estimate
         return run
 

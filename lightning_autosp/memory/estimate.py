@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_autosp.compiler.report import user_line
+from lightning_autosp.lines import user_line
 from lightning_autosp.memory.costs import Roofline, cost, is_collective
 from lightning_autosp.memory.devices import format_bytes
 from lightning_autosp.memory.joint import Joint, Memory, Peak, Storages

@@ -20,7 +20,7 @@ from lightning_autosp.memory.estimate import (
     estimate_training,
 )
 from lightning_autosp.memory.joint import Joint, unit
-from lightning_autosp.memory.policy import CheckpointPolicy, Choice, Recomputation, choose
+from lightning_autosp.memory.policy import CheckpointPolicy, Choice, Recomputation, choose, keep_for
 
 __all__ = ["Agreed", "Decision", "DoesNotFitError", "MemoryOptions", "Partitioner"]
 
@@ -36,6 +36,7 @@ class Decision(NamedTuple):
     kept: tuple[str, ...]
     patience: int
     fits: bool
+    tiled: bool = False
 
 
 Agreed = tuple[Decision, MemoryEstimate]
@@ -59,7 +60,9 @@ class MemoryOptions:
         fused: Whether the backend fuses elementwise operators, so that what is between them takes no memory.
         agree: Gives all ranks that compile a program at the same time one decision and estimate: graphs that differ would meet in
             different collectives. Of uneven parts, the first rank's are the largest.
-        one_decision: Whether what is decided for a step's first length holds for all: ranks meet others that have other lengths.
+        one_decision: Whether what is decided for a step's first program holds for all, because ranks meet others in the gathers of
+            parameters that may be running another: then a named policy is chosen.
+        decisions: What was decided for each kind of step, where that holds for all.
     """
 
     policy: CheckpointPolicy
@@ -71,6 +74,7 @@ class MemoryOptions:
     fused: bool = False
     agree: Callable[[Agreed], Agreed] = _own
     one_decision: bool = False
+    decisions: dict[str, Decision] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Partitioner:
         options: How.
         states: What the rank holds besides, the program's inputs included.
         parameters: Which inputs of the program are parameters, by number.
-        decided: What was decided for another length, to be done here too.
+        decided: What was decided for another program, to be done here too.
         may_retry: Whether there is another way to compile the program if it does not fit.
         length: Positions of the longest sequence, for messages; 0 if there is none.
         estimate: What was found; `None` before it was called.
@@ -121,7 +125,7 @@ class Partitioner:
         if not joint.backward or any(isinstance(node.meta.get("val"), torch.SymInt) for node in joint.nodes):
             return _compat.min_cut(gm, joint_inputs, set(), **options)
         default: set[fx.Node] = set()
-        if self.decided is None and self.options.policy in ("none", "auto"):
+        if (self.options.policy if self.decided is None else self.decided.policy) in ("none", "auto"):
             default = self.default(gm, joint, joint_inputs, **options)
         choice = self.decide(joint, default)
         assert self.decided is not None
@@ -150,32 +154,38 @@ class Partitioner:
         chosen = self.options
         limit = None if chosen.limit is None else chosen.limit - self.states.total - chosen.overhead
         if self.decided is not None:
-            choice = self._follow(joint, self.decided, limit)
+            choice = self._follow(joint, self.decided, limit, default)
             self.estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
             return choice
-        choice = choose(joint, chosen.policy, chosen.roofline, limit, default)
+        choice = choose(joint, chosen.policy, chosen.roofline, limit, default, mixtures=not chosen.one_decision)
         estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
         own = Decision(choice.policy, tuple(node.name for node in joint.nodes if node in choice.kept), choice.patience, choice.fits)
         with _compat.outside_tracing():
             self.decided, self.estimate = chosen.agree((own, estimate))
-        return choice if self.decided == own else self._follow(joint, self.decided, limit)
+        return choice if self.decided == own else self._follow(joint, self.decided, limit, default)
 
-    def _follow(self, joint: Joint, decision: Decision, limit: int | None) -> Choice:
-        """Return what another rank, or this one for another length, decided."""
-        named = {node.name: node for node in joint.nodes}
-        missing = [name for name in decision.kept if name not in named]
-        if missing:
-            raise RuntimeError(
-                f"Ranks, or lengths, have different graphs: what is to be kept, {missing[0]!r}, is not in this one. Use "
-                "checkpoint_policy='full', 'attention' or 'none'."
-            )
-        kept = {named[name] for name in decision.kept}
+    def _follow(self, joint: Joint, decision: Decision, limit: int | None, default: set[fx.Node]) -> Choice:
+        """Return what another rank, or this one for another program, decided."""
+        if self.options.one_decision:
+            kept = default if decision.policy == "none" else keep_for(joint, decision.policy)
+        else:
+            kept = self._named(joint, decision)
         schedule = joint.schedule(kept)
         schedule = schedule.refreshed(decision.patience) if decision.patience else schedule
         peak = max(one.bytes for one in schedule.peaks())
         seconds = Recomputation(joint, self.options.roofline).of(schedule)
         fits = limit is None or peak <= limit
         return Choice(decision.policy, schedule, peak, seconds, fits, kept=kept, patience=decision.patience)
+
+    def _named(self, joint: Joint, decision: Decision) -> set[fx.Node]:
+        named = {node.name: node for node in joint.nodes}
+        missing = [name for name in decision.kept if name not in named]
+        if missing:
+            raise RuntimeError(
+                f"Ranks of a sequence group have different graphs: what the first is to keep, {missing[0]!r}, is not in this one. "
+                "Use checkpoint_policy='full', 'attention' or 'none'."
+            )
+        return {named[name] for name in decision.kept}
 
     def see(self, gm: fx.GraphModule) -> None:
         """Estimate a graph without backward, which is not partitioned."""

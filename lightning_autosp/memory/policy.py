@@ -186,7 +186,9 @@ def evaluate(joint: Joint, policy: str, kept: set[fx.Node], again: Recomputation
     return best
 
 
-def choose(joint: Joint, policy: str, roofline: Roofline, limit: int | None, default: set[fx.Node]) -> Choice:
+def choose(
+    joint: Joint, policy: str, roofline: Roofline, limit: int | None, default: set[fx.Node], *, mixtures: bool = True
+) -> Choice:
     """Choose what is kept.
 
     Args:
@@ -195,6 +197,7 @@ def choose(joint: Joint, policy: str, roofline: Roofline, limit: int | None, def
         roofline: What time is estimated by.
         limit: Bytes that forward and backward may take at once, without parameters, inputs and optimizer; `None`: any.
         default: What PyTorch's partitioner would keep.
+        mixtures: Whether "auto" may find something between the named policies.
 
     Returns:
         The choice; of "auto" the fastest that fits, or the smallest there is if none does (`fits` is then false).
@@ -208,7 +211,7 @@ def choose(joint: Joint, policy: str, roofline: Roofline, limit: int | None, def
         return tried[0]
     full = evaluate(joint, "full", keep_for(joint, "full"), again, limit)
     tried += [full, evaluate(joint, "attention", keep_for(joint, "attention"), again, limit)]
-    if full.fits:
+    if full.fits and mixtures:
         tried.append(_grow(joint, full, again, limit))
     fitting = [one for one in tried if one.fits]
     best = min(fitting, key=lambda one: (one.seconds, one.peak)) if fitting else min(tried, key=lambda one: one.peak)
