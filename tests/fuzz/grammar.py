@@ -260,6 +260,9 @@ def build(header: Header, genes: Sequence[Gene], tail: tuple[int, ...]) -> Progr
     floats = [v for v in sinks if v.is_float][:MAX_SINKS] or b.values[:1]
     choices = list(tail) + [0] * (2 * len(floats) + 1)
     terms = [b.values[-1].number for value in floats if b.add(Gene("term", (value.number, choices.pop(0))))]
+    if not terms:  # all of them too large to compare
+        assert b.add(Gene("term", (b.values[0].number, 0)))
+        terms = [b.values[-1].number]
     b.add(Gene("total", tuple(terms)))
     loss = b.values[-1]
     returned += [value for value in floats if choices.pop(0) % 2]
