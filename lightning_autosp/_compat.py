@@ -36,7 +36,6 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
-    _disable_current_modes,
     _get_current_dispatch_mode,
     _pop_mode_temporarily,
 )
@@ -75,7 +74,6 @@ __all__ = [
     "min_cut",
     "min_cut_partition",
     "node_of",
-    "outside_tracing",
     "partitioner",
     "shape_replacements",
     "size_guards",
@@ -203,11 +201,6 @@ def size_guards(fake_mode: Any) -> list[tuple[Any, str]]:
     """
     env = fake_mode.shape_env
     return [(guard.expr, getattr(guard.sloc, "maybe_user_loc", None) or "") for guard in env.guards] if env is not None else []
-
-
-def outside_tracing() -> AbstractContextManager[Any]:
-    """Compute with real tensors while something is being traced."""
-    return _disable_current_modes()
 
 
 def mesh_without_group(num_ranks: int) -> DeviceMesh:

@@ -13,6 +13,7 @@ import functools
 import os
 import types
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -446,8 +447,16 @@ class AutoSPStrategy(ParallelStrategy):
         """Return what the first rank decided: of the sequence group, or of all where other groups may have other lengths."""
         group = None if self.data_parallel_size > 1 else self._meshes.sequence_group
         decided = [own]
-        if self.world_size > 1:
+
+        def broadcast() -> None:
+            if self.root_device.type == "cuda":
+                torch.cuda.set_device(self.root_device)
             dist.broadcast_object_list(decided, src=dist.get_process_group_ranks(group)[0] if group else 0, group=group)
+
+        if self.world_size > 1:
+            # A graph is being traced, and what is sent must not become part of it: tracing is a thread's own matter.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(broadcast).result()
         return decided[0]
 
     def _states_held(self) -> States:

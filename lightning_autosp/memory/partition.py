@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from lightning_autosp import _compat
+from lightning_autosp.lines import user_line
 from lightning_autosp.memory.costs import Roofline
 from lightning_autosp.memory.devices import format_bytes
 from lightning_autosp.memory.estimate import (
@@ -30,7 +32,7 @@ class DoesNotFitError(RuntimeError):
 
 
 class Decision(NamedTuple):
-    """What is kept, in words that mean the same on all ranks and for all lengths."""
+    """What is kept, in words that mean the same on all ranks: a policy, and for a mixture the operators (`_keys`)."""
 
     policy: str
     kept: tuple[str, ...]
@@ -159,33 +161,24 @@ class Partitioner:
             return choice
         choice = choose(joint, chosen.policy, chosen.roofline, limit, default, mixtures=not chosen.one_decision)
         estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
-        own = Decision(choice.policy, tuple(node.name for node in joint.nodes if node in choice.kept), choice.patience, choice.fits)
-        with _compat.outside_tracing():
-            self.decided, self.estimate = chosen.agree((own, estimate))
+        kept = tuple(key for node, key in _keys(joint).items() if node in choice.kept) if choice.policy == "mixture" else ()
+        own = Decision(choice.policy, kept, choice.patience, choice.fits)
+        self.decided, self.estimate = chosen.agree((own, estimate))
         return choice if self.decided == own else self._follow(joint, self.decided, limit, default)
 
     def _follow(self, joint: Joint, decision: Decision, limit: int | None, default: set[fx.Node]) -> Choice:
         """Return what another rank, or this one for another program, decided."""
-        if self.options.one_decision:
-            kept = default if decision.policy == "none" else keep_for(joint, decision.policy)
+        if decision.policy == "mixture":
+            wanted = set(decision.kept)
+            kept = {node for node, key in _keys(joint).items() if key in wanted}
         else:
-            kept = self._named(joint, decision)
+            kept = default if decision.policy == "none" else keep_for(joint, decision.policy)
         schedule = joint.schedule(kept)
         schedule = schedule.refreshed(decision.patience) if decision.patience else schedule
         peak = max(one.bytes for one in schedule.peaks())
         seconds = Recomputation(joint, self.options.roofline).of(schedule)
         fits = limit is None or peak <= limit
         return Choice(decision.policy, schedule, peak, seconds, fits, kept=kept, patience=decision.patience)
-
-    def _named(self, joint: Joint, decision: Decision) -> set[fx.Node]:
-        named = {node.name: node for node in joint.nodes}
-        missing = [name for name in decision.kept if name not in named]
-        if missing:
-            raise RuntimeError(
-                f"Ranks of a sequence group have different graphs: what the first is to keep, {missing[0]!r}, is not in this one. "
-                "Use checkpoint_policy='full', 'attention' or 'none'."
-            )
-        return {named[name] for name in decision.kept}
 
     def see(self, gm: fx.GraphModule) -> None:
         """Estimate a graph without backward, which is not partitioned."""
@@ -212,6 +205,21 @@ class Partitioner:
         length = int(self.length * (limit - fixed) / max(1, found.peak - fixed))
         fits = f"About {length} of {self.length} positions would fit: use" if length else "Use"
         return f"{fits} a shorter sequence, more ranks or a larger limit."
+
+
+def _keys(joint: Joint) -> dict[fx.Node, str]:
+    """Return for every operator of forward what means the same on ranks whose graphs differ a little.
+
+    Of uneven parts some are padded, so that neither names nor places agree: an operator is the n-th of its kind at its line.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    keys = {}
+    for node in joint.nodes:
+        if node.op == "call_function" and node not in joint.backward:
+            kind = (str(node.target), user_line(node))
+            counts[kind] += 1
+            keys[node] = f"{kind[0]} {kind[1]} {counts[kind]}"
+    return keys
 
 
 def reorder(module: fx.GraphModule, order: Sequence[fx.Node]) -> fx.GraphModule:
