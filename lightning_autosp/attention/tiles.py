@@ -266,7 +266,6 @@ class _Tiles(torch.autograd.Function):
         return (None, *found)
 
 
-@torch.library.custom_op("autosp::tiles", mutates_args=())
 def _tiles(inputs: Sequence[Tensor], handle: int) -> list[Tensor]:
     program = _PROGRAMS[handle]
     with _draws(program, inputs) as values:
@@ -284,12 +283,14 @@ def _forward(program: TileProgram, values: Sequence[Tensor], tiles: Iterable[tup
     return out
 
 
-@_tiles.register_fake
+_tiles_operator = torch.library.custom_op("autosp::tiles", _tiles, mutates_args=())
+
+
+@_tiles_operator.register_fake
 def _(inputs: Sequence[Tensor], handle: int) -> list[Tensor]:
     return [inputs[-1].new_empty(result.shape, dtype=result.dtype) for result in _PROGRAMS[handle].results]
 
 
-@torch.library.custom_op("autosp::tiles_backward", mutates_args=())
 def _tiles_backward(
     grads: Sequence[Tensor], inputs: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], handle: int
 ) -> list[Tensor]:
@@ -335,9 +336,19 @@ def _backward(
     return [whole.to(values[index].dtype) for index, whole in zip(wanted, sums, strict=True)]
 
 
-@_tiles_backward.register_fake
+_tiles_backward_operator = torch.library.custom_op("autosp::tiles_backward", _tiles_backward, mutates_args=())
+
+
+@_tiles_backward_operator.register_fake
 def _(grads: Sequence[Tensor], inputs: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int], handle: int) -> list[Tensor]:
     return [torch.empty_like(inputs[index]) for index in wanted]
+
+
+KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.autosp.tiles.default: _tiles,
+    torch.ops.autosp.tiles_backward.default: _tiles_backward,
+}
+"""What the operators do, for those who want to see inside."""
 
 
 def attends(handle: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_autosp.attention.tiles import KERNELS
 
 __all__ = ["LiveBytes"]
 
@@ -49,10 +50,12 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        # The kernels of this package's own operators are made of operators, whose values count too.
-        inside = self if getattr(func, "namespace", "") == "autosp" else contextlib.nullcontext()
-        with inside:
+        kernel = KERNELS.get(func)
+        if kernel is None:
             out = func(*args, **(kwargs or {}))
+        else:  # made of operators, whose values count too
+            with self:
+                out = kernel(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._watch(leaf, counted=True)
