@@ -192,7 +192,9 @@ class CompiledStep:
         same. That is no default: a layer's width that happens to be the sequence's length would get a symbol too.
         """
         ranks = self.compiler.group.size
-        sizes = {fixed.size for fixed in captured.fixed if fixed.size >= ranks > 1}
+        # Where a sequence is followed, a dimension that is fixed by itself is another, only as long: of features.
+        fixed = [one for one in captured.fixed if not (one.alone and captured.symbols)]
+        sizes = {one.size for one in fixed if one.size >= ranks > 1}
 
         def chosen(tensor: Tensor, dim: int) -> bool:
             return tensor.shape[dim] in sizes

@@ -36,6 +36,8 @@ class Fixed:
     size: int
     place: str
     """The line of code, as `_compat.size_guards` gives it."""
+    alone: bool = False
+    """Whether it is a dimension of the batch itself, nothing computed from it."""
 
 
 @dataclass
@@ -177,13 +179,16 @@ def _size_of_data(node: fx.Node) -> NeedsBreakError:
 
 def _fixed(guards: Iterable[tuple[sympy.Expr, str]], lengths: set[sympy.Symbol]) -> list[Fixed]:
     """Return the numbers that sizes have to be which were made of these symbols."""
-    found: dict[int, str] = {}
+    found: dict[int, Fixed] = {}
     for guard, place in guards:
         if isinstance(guard, sympy.Eq) and guard.free_symbols & lengths:
             number = next((side for side in guard.args if side.is_Integer and side > 1), None)
             if number is not None:
-                found.setdefault(int(number), place)
-    return [Fixed(size, place) for size, place in found.items()]
+                alone = any(side.is_Symbol for side in guard.args)
+                known = found.setdefault(int(number), Fixed(int(number), place, alone))
+                if known.alone and not alone:
+                    found[int(number)] = Fixed(int(number), place)
+    return list(found.values())
 
 
 def _sizes_that_follow(
