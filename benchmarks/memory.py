@@ -28,7 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from models import MODELS, batch_of, make  # noqa: E402
 from one_rank import Measured, fake_ranks, measure_step  # noqa: E402
 
+from lightning_autosp.compiler.backend import compile_module  # noqa: E402
 from lightning_autosp.memory.costs import cost  # noqa: E402
+from lightning_autosp.memory.meter import LiveBytes  # noqa: E402
 
 POLICIES = ("none", "attention", "full", "auto")
 Row = dict[str, Any]
@@ -104,27 +106,13 @@ def budgets(layers: int = 4, length: int = 256) -> list[Row]:
 
 def _torchs_own(module: Any, batch: Any) -> tuple[int, float]:
     """Return peak bytes, and FLOPs that backward runs again, under PyTorch's partitioner as it is configured."""
-    from torch._dynamo.backends.common import aot_autograd
-
-    from lightning_autosp import _compat
-    from lightning_autosp.memory.meter import LiveBytes
-
     torch._dynamo.reset()
     meter = LiveBytes([*module.parameters(), *module.buffers(), *batch.values()])
     graphs: list[fx.GraphModule] = []
 
-    def eager(gm: fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(gm)
-        run = _compat.boxed(gm)
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        return compile_module(gm, inputs, "aot_eager", graphs.append, meter=meter)
 
-        def metered(inputs: list[Any]) -> Any:
-            with meter:
-                return run(inputs)
-
-        metered._boxed_call = True  # type: ignore[attr-defined]
-        return metered
-
-    backend = aot_autograd(fw_compiler=eager, bw_compiler=eager, partition_fn=_compat.min_cut_partition)
     torch.compile(module.training_step, backend=backend, fullgraph=True)(batch, 0).backward()
     forward = {node.name for node in graphs[0].graph.nodes if node.op == "call_function"}
     again = [node for node in graphs[1].graph.nodes if node.op == "call_function" and node.name in forward]

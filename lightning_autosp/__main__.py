@@ -29,22 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return arguments.pop("run")(**arguments)
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "check",
-        help="compare a module's step on simulated ranks with one device",
-        description="Compare a module's step, lowered on simulated ranks, with one device: outputs, logged values, gradients, and "
-        "what changes when a token does. Exit codes: 0 equal, 1 different, 2 could not be checked.",
-    )
+def _target_arguments() -> argparse.ArgumentParser:
+    """Return what every command says of the module and the batch it is about."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "target",
         metavar="TARGET",
         help="package.module:Name or path/to/file.py:Name (a module class, or a function that returns a module), or a LightningCLI "
         "configuration (file.yaml)",
     )
-    parser.add_argument("--ranks", dest="num_ranks", type=int, metavar="P", help="ranks that share the sequence (default: 2)")
-    parser.add_argument("--length", type=int, metavar="N", help="use the first N positions of the batch's sequences")
-    parser.add_argument("--step", metavar="METHOD", help="the method to compare (default: training_step, else the call itself)")
+    parser.add_argument("--step", metavar="METHOD", help="the method (default: training_step, else the call itself)")
     parser.add_argument("--config", metavar="FILE", help="LightningCLI configuration with the arguments of the classes named")
     parser.add_argument(
         "--batch", metavar="NAME", help="where the batch is from: a function or LightningDataModule, named like TARGET"
@@ -52,9 +46,31 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--sequence-dim", type=int, metavar="D", help="the dimension of batch tensors that is the sequence (default: 1)"
     )
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the (last) result as JSON")
+    return parser
+
+
+def _report_error(error: Exception, verdict: str, *, as_json: bool) -> int:
+    """Print why a command found nothing, and return its exit code."""
+    if as_json:
+        print(json.dumps({verdict: False, "exit_code": 2, "error": str(error)}))  # noqa: T201
+    else:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "check",
+        parents=[_target_arguments()],
+        help="compare a module's step on simulated ranks with one device",
+        description="Compare a module's step, lowered on simulated ranks, with one device: outputs, logged values, gradients, and "
+        "what changes when a token does. Exit codes: 0 equal, 1 different, 2 could not be checked.",
+    )
+    parser.add_argument("--ranks", dest="num_ranks", type=int, metavar="P", help="ranks that share the sequence (default: 2)")
+    parser.add_argument("--length", type=int, metavar="N", help="use the first N positions of the batch's sequences")
     parser.add_argument("--rtol", type=float, help="what relative norms may differ by (default: by precision)")
     parser.add_argument("--strict", action="store_true", help="count what runs in full, and a step in pieces, as differences")
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=_check)
 
 
@@ -62,11 +78,7 @@ def _check(*, as_json: bool, **options: object) -> int:
     try:
         result = check_target(**options)  # type: ignore[arg-type]
     except CheckError as error:
-        if as_json:
-            print(json.dumps({"ok": False, "exit_code": 2, "error": str(error)}))  # noqa: T201
-        else:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+        return _report_error(error, "ok", as_json=as_json)
     print(json.dumps(result.to_dict(), indent=2) if as_json else result)  # noqa: T201
     return result.exit_code
 
@@ -74,25 +86,20 @@ def _check(*, as_json: bool, **options: object) -> int:
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "plan",
+        parents=[_target_arguments()],
         help="predict what a step takes on devices that are not there",
         description="Predict memory and time of a module's step for a number of ranks and a kind of device, on this machine's CPU "
         "and without allocating parameters. Exit codes: 0 fits, 1 does not fit, 2 could not be planned.",
     )
-    parser.add_argument("target", metavar="TARGET", help="as of check")
     parser.add_argument("--world", type=int, required=True, metavar="P", help="ranks that share each sequence")
     parser.add_argument("--device", metavar="KIND", help=f"one of {', '.join(DEVICES)} (default: h100)")
     parser.add_argument("--device-memory", metavar="BYTES", help="what a rank may take, as 80GiB (default: the device's)")
     parser.add_argument("--length", type=int, metavar="N", help="positions of the longest sequence (default: the batch's)")
     parser.add_argument("--max-length", dest="longest", action="store_true", help="also find the longest sequence that fits")
-    parser.add_argument("--step", metavar="METHOD", help="the method to plan (default: training_step)")
-    parser.add_argument("--config", metavar="FILE", help="LightningCLI configuration with the arguments of the classes named")
-    parser.add_argument("--batch", metavar="NAME", help="where the batch is from, as of check")
-    parser.add_argument("--sequence-dim", type=int, metavar="D", help="as of check")
     parser.add_argument("--precision", help="the Trainer's: 32-true, bf16-true, bf16-mixed, ... (default: the configuration's)")
     parser.add_argument(
         "--state-bytes", type=int, metavar="N", help="optimizer state for each parameter (default: what the optimizer makes)"
     )
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print the (last) plan as JSON")
     parser.set_defaults(run=_plan)
 
 
@@ -100,11 +107,7 @@ def _plan(*, as_json: bool, **options: object) -> int:
     try:
         plans = plan_target(**options)  # type: ignore[arg-type]
     except (TargetError, ValueError) as error:
-        if as_json:
-            print(json.dumps({"fits": False, "exit_code": 2, "error": str(error)}))  # noqa: T201
-        else:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+        return _report_error(error, "fits", as_json=as_json)
     print(json.dumps(plans[-1].to_dict(), indent=2) if as_json else "\n\n".join(map(str, plans)))  # noqa: T201
     return 0 if plans[-1].best[1].fits else 1
 

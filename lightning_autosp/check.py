@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 from lightning_autosp import _compat
-from lightning_autosp.collectives import Group, average_gradient, gather_parameter
+from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.emit import Program
 from lightning_autosp.compiler.report import Report, StepReport, StrictModeError
 from lightning_autosp.compiler.rules.random import is_random
@@ -34,6 +34,7 @@ from lightning_autosp.compiler.simulate import run_ranks
 from lightning_autosp.compiler.specialise import Compiler, LoweredStep
 from lightning_autosp.data.agreement import batch_error
 from lightning_autosp.lines import user_line
+from lightning_autosp.parameters import Entry, enter_parameter, own_rows
 from lightning_autosp.step import CompiledStep, batch_tensors
 from lightning_autosp.targets import STEP_LOADERS, TargetError, headline, load_target, step_arguments
 
@@ -189,18 +190,13 @@ class RankParameters:
         self.leaves = {name: self._part(p).detach().clone().requires_grad_(p.requires_grad) for name, p in self.originals.items()}
 
     def _part(self, parameter: Tensor) -> Tensor:
-        if not self.sharded or parameter.ndim == 0:
-            return parameter
-        chunk = -(-parameter.shape[0] // self.group.size)
-        return parameter[self.group.rank * chunk : (self.group.rank + 1) * chunk]
+        return own_rows(parameter, self.group) if self.sharded and parameter.ndim else parameter
 
     def names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in self.originals.items()}
 
-    def enter(self, name: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-        if not self.sharded or self.originals[name].ndim == 0:
-            return average_gradient, (self.group,)
-        return gather_parameter, (self.originals[name].shape[0], self.group)
+    def enter(self, name: str) -> Entry:
+        return enter_parameter(self.originals[name], self.group, sharded=self.sharded)
 
     def held(self, name: str) -> Tensor:
         return self.leaves[name]
@@ -952,7 +948,7 @@ def check_target(
         data,
         num_ranks=options.get("sequence_parallel_size", 2) if num_ranks is None else num_ranks,
         step=step,
-        sequence_dim=options.get("sequence_dim", 1) if sequence_dim is None else sequence_dim,
+        sequence_dim=options["sequence_dim"],
         rtol=rtol,
         strict=strict or bool(options.get("strict")),
     )

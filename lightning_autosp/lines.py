@@ -7,7 +7,7 @@ import re
 
 from torch import fx
 
-__all__ = ["frames", "is_users", "source", "user_line"]
+__all__ = ["frames", "frames_in", "is_users", "source", "user_line"]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _NOT_THE_USERS = ("/torch/", "/lightning/", "/lightning_autosp/", "/torchmetrics/")
@@ -18,9 +18,14 @@ def is_users(file: str) -> bool:
     return not any(part in file for part in _NOT_THE_USERS)
 
 
+def frames_in(text: str) -> list[tuple[str, int]]:
+    """Return the `(file, line)` that a stack trace names, in its order."""
+    return [(m["file"], int(m["line"])) for m in _FRAME.finditer(text)]
+
+
 def frames(node: fx.Node) -> list[tuple[str, int]]:
     """Return the `(file, line)` that led to an operator, the innermost last."""
-    return [(m["file"], int(m["line"])) for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+    return frames_in(node.meta.get("stack_trace") or "")
 
 
 def user_line(node: fx.Node) -> str:

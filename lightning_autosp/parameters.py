@@ -21,7 +21,41 @@ from torch.utils import _pytree as pytree
 
 from lightning_autosp.collectives import Group, average_gradient, gather_parameter
 
-__all__ = ["ModuleParameters", "gather_to_cpu"]
+__all__ = ["Entry", "ModuleParameters", "enter_parameter", "gather_to_cpu", "largest_part", "own_rows", "parameter_slots"]
+
+
+Entry = tuple[Callable[..., Tensor], tuple[Any, ...]]
+
+
+def enter_parameter(parameter: Tensor, group: Group, *, sharded: bool) -> Entry:
+    """Return the function, and its further arguments, that makes a whole parameter of what a rank of `group` holds of it."""
+    if not sharded or parameter.ndim == 0:
+        return average_gradient, (group,)
+    return gather_parameter, (parameter.shape[0], group)
+
+
+def own_rows(parameter: Tensor, group: Group) -> Tensor:
+    """Return the rows of a whole parameter that this rank holds if it is sharded: a view."""
+    chunk = -(-parameter.shape[0] // group.size)
+    return parameter[group.rank * chunk : (group.rank + 1) * chunk]
+
+
+def largest_part(parameter: Tensor, group: Group, *, sharded: bool) -> Tensor:
+    """Return a tensor on the meta device, of the shape and type of the largest part of a parameter that a rank holds."""
+    shape = list(parameter.shape)
+    if sharded and shape:
+        shape[0] = -(-shape[0] // group.size)
+    return torch.empty(shape, dtype=parameter.dtype, device="meta", requires_grad=parameter.requires_grad)
+
+
+def parameter_slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Return every `(submodule, key, parameter)` of a module, those that share a parameter too."""
+    return [
+        (submodule, key, parameter)
+        for submodule in module.modules()
+        for key, parameter in submodule._parameters.items()
+        if parameter is not None
+    ]
 
 
 class ModuleParameters:
@@ -37,12 +71,7 @@ class ModuleParameters:
             sharded: Whether to shard them over dim 0 now; scalars stay whole.
         """
         self.module, self.mesh, self.group, self.sharded = module, mesh, group, sharded
-        self._slots = [
-            (submodule, key, parameter)
-            for submodule in module.modules()
-            for key, parameter in submodule._parameters.items()
-            if parameter is not None
-        ]
+        self._slots = parameter_slots(module)
         self.originals = dict(module.named_parameters())
         self._names = {id(parameter): name for name, parameter in self.originals.items()}
         self.owned: dict[str, nn.Parameter] = self.originals
@@ -53,11 +82,8 @@ class ModuleParameters:
     def names(self) -> dict[int, str]:
         return self._names
 
-    def enter(self, name: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-        original = self.originals[name]
-        if not self.sharded or original.ndim == 0:
-            return average_gradient, (self.group,)
-        return gather_parameter, (original.shape[0], self.group)
+    def enter(self, name: str) -> Entry:
+        return enter_parameter(self.originals[name], self.group, sharded=self.sharded)
 
     def held(self, name: str) -> Tensor:
         parameter = self.owned[name]
@@ -65,13 +91,7 @@ class ModuleParameters:
 
     def largest_parts(self) -> dict[str, Tensor]:
         """Return for every parameter a tensor without memory, of the shape and type of the largest part that a rank holds."""
-        parts = {}
-        for name, original in self.originals.items():
-            shape = list(original.shape)
-            if self.sharded and shape:
-                shape[0] = -(-shape[0] // self.group.size)
-            parts[name] = torch.empty(shape, dtype=original.dtype, device="meta")
-        return parts
+        return {name: largest_part(original, self.group, sharded=self.sharded) for name, original in self.originals.items()}
 
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -153,8 +173,7 @@ class ModuleParameters:
     def _place(self, value: Tensor, *, sharded: bool) -> DTensor:
         if not sharded:
             return DTensor.from_local(value.clone(), self.mesh, [Replicate()], run_check=False)
-        chunk = -(-value.shape[0] // self.group.size)
-        rows = value[self.group.rank * chunk : (self.group.rank + 1) * chunk].clone()
+        rows = own_rows(value, self.group).clone()
         return DTensor.from_local(rows, self.mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride())
 
     def _put(self, values: Mapping[str, Tensor]) -> None:

@@ -7,11 +7,12 @@ tensors without memory, and estimated by `memory`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import sympy
 import torch
@@ -20,23 +21,24 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
-from lightning_autosp.collectives import Group, average_gradient, gather_parameter
+from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.backend import CompileBackend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import TILE_ROWS, Compiler, LoweredStep
 from lightning_autosp.memory.devices import DeviceKind, device_kind, format_bytes, parse_bytes
 from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
 from lightning_autosp.memory.partition import MemoryOptions, Partitioner
+from lightning_autosp.memory.policy import CheckpointPolicy
+from lightning_autosp.parameters import Entry, enter_parameter, largest_part, parameter_slots
 from lightning_autosp.step import CompiledStep
 from lightning_autosp.targets import TargetError, load_target, step_arguments
 
 __all__ = ["Plan", "PlanError", "Planner", "plan_target"]
 
-POLICIES = ("none", "attention", "full", "auto")
-EFFICIENCY = 0.5
-"""Of a data sheet's peaks that programs reach, where time is predicted."""
+POLICIES: tuple[CheckpointPolicy, ...] = get_args(CheckpointPolicy)
 
 
 class PlanError(TargetError):
@@ -131,35 +133,24 @@ class _PlannedParameters:
 
     def __init__(self, module: nn.Module, group: Group, *, sharded: bool, dtype: torch.dtype | None) -> None:
         self.group, self.sharded = group, sharded
-        self._slots = [
-            (submodule, key, parameter)
-            for submodule in module.modules()
-            for key, parameter in submodule._parameters.items()
-            if parameter is not None
-        ]
-        self.real = dict(module.named_parameters())
-        self.stand_ins = {name: _without_memory(parameter, dtype) for name, parameter in self.real.items()}
-        self._by_id = {id(parameter): self.stand_ins[name] for name, parameter in self.real.items()}
+        self._slots = parameter_slots(module)
+        real = dict(module.named_parameters())
+        self.stand_ins = {name: _without_memory(parameter, dtype) for name, parameter in real.items()}
+        self._by_id = {id(parameter): self.stand_ins[name] for name, parameter in real.items()}
         self._names = {id(parameter): name for name, parameter in self.stand_ins.items()}
 
     def names(self) -> dict[int, str]:
         return self._names
 
-    def enter(self, name: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-        parameter = self.stand_ins[name]
-        if not self.sharded or parameter.ndim == 0:
-            return average_gradient, (self.group,)
-        return gather_parameter, (parameter.shape[0], self.group)
+    def enter(self, name: str) -> Entry:
+        return enter_parameter(self.stand_ins[name], self.group, sharded=self.sharded)
 
     def held(self, name: str) -> Tensor:
         return self.part(self.stand_ins[name])
 
     def part(self, parameter: Tensor) -> Tensor:
         """Return this rank's part of a parameter, on the meta device."""
-        shape = list(parameter.shape)
-        if self.sharded and shape:
-            shape[0] = -(-shape[0] // self.group.size)
-        return torch.empty(shape, dtype=parameter.dtype, device="meta", requires_grad=parameter.requires_grad)
+        return largest_part(parameter, self.group, sharded=self.sharded)
 
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -200,7 +191,6 @@ class Planner:
         sequence_dim: int = 1,
         precision: str | None = None,
         sharded: bool = True,
-        optimizers: Sequence[Optimizer] | None = None,
         state_bytes: int | None = None,
         backend: CompileBackend = "inductor",
     ) -> None:
@@ -216,7 +206,6 @@ class Planner:
             sequence_dim: The dimension of batch tensors that is the sequence.
             precision: The Trainer's: "32-true", "bf16-true", "16-true", "bf16-mixed" or "16-mixed". `None`: parameters as they are.
             sharded: Whether parameters, gradients and optimizer state are sharded over the ranks.
-            optimizers: Default: what `configure_optimizers` returns.
             state_bytes: Optimizer state, in bytes for each parameter; `None`: what the optimizer's own step makes.
             backend: What the step will be compiled with.
 
@@ -249,7 +238,6 @@ class Planner:
         self.lowered, self.sizes = compiler.found.pop()
         if not self.lowered.captured.symbols:
             raise PlanError(f"{type(module).__name__}.{step} fixes the sequence length, so other lengths cannot be planned.")
-        self._optimizers = self._find_optimizers() if optimizers is None else optimizers
         self._state_bytes = state_bytes
         self._fused = backend == "inductor"
 
@@ -265,12 +253,13 @@ class Planner:
             return []
         with self.parameters.standing_in():
             found: Any = self.module.configure_optimizers()
-        return [one for one in _leaves(found) if isinstance(one, Optimizer)]
+        return [one for one in pytree.tree_leaves(found) if isinstance(one, Optimizer)]
 
+    @functools.cached_property
     def states(self) -> States:
-        """Return what a rank holds besides what a step takes."""
+        """What a rank holds besides what a step takes, at any length; without the batch."""
         parts = [self.parameters.part(parameter) for parameter in self.parameters.stand_ins.values()]
-        found = [optimizer_memory(optimizer, self.parameters.part) for optimizer in self._optimizers]
+        found = [optimizer_memory(optimizer, self.parameters.part) for optimizer in self._find_optimizers()]
         state = sum(one for one, _ in found)
         if self._state_bytes is not None:
             state = self._state_bytes * sum(part.numel() for part in parts if part.requires_grad)
@@ -280,7 +269,12 @@ class Planner:
             optimizer_step=max((step for _, step in found), default=0),
         )
 
-    def at(self, length: int, policies: Sequence[str] = POLICIES) -> Plan:
+    def fitting(self, length: int | None = None) -> Plan:
+        """Return the plan for sequences of that length, the batch's own by default; in tiles if it does not fit otherwise."""
+        plan = self.at(length or self.length)
+        return plan if plan.best[1].fits or not self.tile() else self.at(plan.length)
+
+    def at(self, length: int, policies: Sequence[CheckpointPolicy] = POLICIES) -> Plan:
         """Return the plan for sequences of that length.
 
         Args:
@@ -298,7 +292,7 @@ class Planner:
         sizes = self._sizes(length)
         emitter, program = self.lowered.emit(sizes, self.group, self.parameters)
         estimates: dict[str, MemoryEstimate] = {}
-        states = self.states()
+        held = self.states
         with FakeTensorMode(allow_non_fake_inputs=True), self._computing():
             inputs, parameters = [], []
             for place, index in enumerate(program.inputs):
@@ -308,11 +302,12 @@ class Planner:
                 if name is None:
                     shape: Sequence[int] = [emitter.integer(size) for size in emitter.facts.shape(node)]
                 else:
-                    shape, value = self.parameters.held(name).shape, self.parameters.held(name)
+                    value = self.parameters.held(name)
+                    shape = value.shape
                     parameters.append(place)
                 inputs.append(torch.empty(shape, dtype=value.dtype, requires_grad=value.requires_grad))
             batch = sum(value.nbytes for place, value in enumerate(inputs) if place not in set(parameters))
-            states = replace(states, inputs=batch)
+            states = replace(held, inputs=batch)
 
             def divide(gm: fx.GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
                 estimates.update(self._estimates(gm, joint_inputs, states, parameters, policies, options))
@@ -332,8 +327,8 @@ class Planner:
                 compiler(program.module, inputs)
         return Plan(length, self.world, estimates, self.limit)
 
-    def _options(self, policy: str) -> MemoryOptions:
-        return MemoryOptions(policy, self.limit, False, self.device.roofline, self.device.overhead, fused=self._fused)  # type: ignore[arg-type]
+    def _options(self, policy: CheckpointPolicy) -> MemoryOptions:
+        return MemoryOptions(policy, self.limit, False, self.device.roofline, self.device.overhead, fused=self._fused)
 
     def _estimates(
         self,
@@ -341,12 +336,12 @@ class Planner:
         joint_inputs: Sequence[Any],
         states: States,
         parameters: Sequence[int],
-        policies: Sequence[str],
+        policies: Sequence[CheckpointPolicy],
         options: Mapping[str, Any],
     ) -> dict[str, MemoryEstimate]:
         joint = Partitioner.read(gm, options["num_fwd_outputs"], parameters, fused=self._fused)
         default = None
-        found = {}
+        found: dict[str, MemoryEstimate] = {}
         for policy in policies:
             partitioner = Partitioner(self._options(policy), states, parameters)
             if default is None and policy in ("none", "auto"):
@@ -367,7 +362,7 @@ class Planner:
             symbol: max(1, round(size * length / self.length)) if symbol in symbols else size for symbol, size in self.sizes.items()
         }
 
-    def longest(self, policies: Sequence[str] = ("full",), *, granularity: float = 0.01) -> tuple[Plan, Plan | None]:
+    def longest(self, policies: Sequence[CheckpointPolicy] = ("full",), *, granularity: float = 0.01) -> tuple[Plan, Plan | None]:
         """Return the plan of the longest sequence that fits, and that of the shortest tried that does not.
 
         Args:
@@ -391,7 +386,7 @@ class Planner:
             low, high = (fits.length if fits else 0), (fails.length if fails else math.inf)
             if fits is not None and fails is not None and (high - low <= max(multiple, granularity * low)):
                 break
-            held = self.states().total + self.device.overhead
+            held = self.states.total + self.device.overhead
             guess = length * max(0.1, (self.limit - held) / max(1, peak - held))  # memory grows with the length
             if not low < guess < high:
                 guess = (low + high) / 2 if math.isfinite(high) else low * 2
@@ -492,23 +487,12 @@ def plan_target(
         device=kind,
         limit=limit,
         step=step,
-        sequence_dim=options.get("sequence_dim", 1) if sequence_dim is None else sequence_dim,
+        sequence_dim=options["sequence_dim"],
         precision=precision or options["precision"],
         state_bytes=state_bytes,
     )
-    plans = [planner.at(length or planner.length)]
-    if longest or not plans[0].best[1].fits:
-        planner.tile()
-    if not plans[0].best[1].fits:
-        plans[0] = planner.at(length or planner.length)
+    plans = [planner.fitting(length)]
     if longest:
+        planner.tile()
         plans.append(planner.longest()[0])
     return plans
-
-
-def _leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, Mapping):
-        return [leaf for value in tree.values() for leaf in _leaves(value)]
-    if isinstance(tree, (list, tuple)):
-        return [leaf for value in tree for leaf in _leaves(value)]
-    return [tree]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from lightning_autosp.compiler.crossing import EagerMarks, PartTensor
 from lightning_autosp.compiler.report import GraphBreak, StrictModeError
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.specialise import Compiler
+from lightning_autosp.lines import frames_in
 from lightning_autosp.parameters import ModuleParameters
 
 __all__ = ["CANNOT_TRACE", "CompiledStep", "batch_tensors", "compile_step", "mark_sequence", "symbolic_block_masks"]
@@ -268,11 +268,8 @@ class CompiledStep:
             self._run = torch._dynamo.config.patch(suppress_errors=True)(pieces)
 
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-
-
 def _user_location(message: str) -> str:
-    frames = [f"{file}:{line}" for file, line in _FRAME.findall(message) if "/lightning_autosp/step.py" not in file]
+    frames = [f"{file}:{line}" for file, line in frames_in(message) if "/lightning_autosp/step.py" not in file]
     own = [frame for frame in frames if "/site-packages/" not in frame]
     return (own or frames or ["<unknown>"])[-1]
 

@@ -258,10 +258,7 @@ class AutoSPStrategy(ParallelStrategy):
             sharded=self._parameter_sharding != "replicate",
             backend="aot_eager" if self._compile_backend == "aot_eager" else "inductor",
         )
-        plan = planner.at(length or planner.length)
-        if not plan.best[1].fits and planner.tile():
-            plan = planner.at(plan.length)
-        return plan
+        return planner.fitting(length)
 
     # Processes and ranks.
 

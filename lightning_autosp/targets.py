@@ -46,7 +46,9 @@ def load_target(
     length: int | None = None,
     device: str = "cpu",
 ) -> tuple[nn.Module, Any, str, dict[str, Any]]:
-    """Return a module that is named, a batch of its own data, the step the batch is for, and the configuration's strategy options.
+    """Return a module that is named, a batch of its own data, the step the batch is for, and the options to run it with.
+
+    Options are the configuration's for the strategy, `sequence_dim` always among them, and its Trainer's `precision`.
 
     Args:
         target: `package.module:Name` or `path/to/file.py:Name`, a module class or a function that returns a module; or the path of
@@ -67,7 +69,9 @@ def load_target(
             f"Two configurations, {target!r} and {config!r}. Name a module class as the target, or leave --config away."
         )
     sections = _read_config(target if is_config else config)
-    options = _strategy_options(sections)
+    options = {"sequence_dim": 1, **_strategy_options(sections)}
+    if sequence_dim is not None:
+        options["sequence_dim"] = sequence_dim
     named = None if is_config else named_object(target)
     with torch.device(device):
         module = _made(named, sections, "model", LightningModule, target)
@@ -75,7 +79,7 @@ def load_target(
         raise TargetError(f"{target!r} gave a {type(module).__name__}. Name a module class or a function that returns a module.")
     data, step = _find_batch(module, batch, sections, step)
     if length is not None:
-        data = _shortened(data, length, options.get("sequence_dim", 1) if sequence_dim is None else sequence_dim)
+        data = _shortened(data, length, options["sequence_dim"])
     options["precision"] = (sections.get("trainer") or {}).get("precision")
     return module, data, step, options
 

@@ -224,11 +224,7 @@ def _replace(
     tensors = [source for source in inputs if not is_size(source)]
     if not all(isinstance(source.meta.get("val"), torch.Tensor) for source in tensors):
         return
-    body = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for source in (*tensors, *(source for source in inputs if is_size(source))):
-        copies[source] = body.placeholder(source.name)
-        copies[source].meta = dict(source.meta)
+    body, copies = begin_body(inputs)
     for node in ordered:
         copies[node] = body.node_copy(node, copies.__getitem__)
     body.output((copies[exit_node],))
@@ -243,6 +239,16 @@ def _replace(
     for node in reversed(ordered):
         if not node.users:
             captured.graph.erase_node(node)
+
+
+def begin_body(sources: Iterable[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Return the graph of a region's body with a placeholder for each input, tensors first, and which stands for which."""
+    body = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for source in sorted(sources, key=is_size):
+        copies[source] = body.placeholder(source.name)
+        copies[source].meta = dict(source.meta)
+    return body, copies
 
 
 def modes(captured: Captured) -> dict[fx.Node, Mode]:

@@ -24,7 +24,7 @@ from lightning_autosp import _compat
 from lightning_autosp.compiler.capture import Captured, is_size, memory_of
 from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.locality import CONTRACTIONS
-from lightning_autosp.compiler.regions import Mode, RowRegion, modes
+from lightning_autosp.compiler.regions import Mode, RowRegion, begin_body, modes
 from lightning_autosp.compiler.rule import Facts, Rule, bound, tensor_inputs
 from lightning_autosp.compiler.rules.loss import CLASSIFICATION, ELEMENTWISE, MEAN, NONE
 from lightning_autosp.compiler.rules.random import is_random
@@ -512,11 +512,7 @@ def _put(facts: Facts, found: LocalRegion, tile_rows: int | None) -> bool:
     results = [node for node in nodes if node in found.layouts and not node.users.keys() <= inside]
     if not results:
         return False
-    body = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for source in (*tensors, *(source for source in sources if is_size(source))):
-        copies[source] = body.placeholder(source.name)
-        copies[source].meta = dict(source.meta)
+    body, copies = begin_body(sources)
     for node in nodes:
         copies[node] = body.node_copy(node, copies.__getitem__)
         if grad and not mode[node][0] and isinstance(node.meta["val"], torch.Tensor):

@@ -11,11 +11,12 @@ numbers cannot: they stay tensors without dimensions.
 from __future__ import annotations
 
 import operator
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from lightning_autosp.lines import frames
 
 __all__ = ["NeedsBreakError", "keep_numbers_as_tensors"]
 
@@ -29,7 +30,6 @@ _ON_TENSORS: dict[Any, Any] = {
     torch.sym_float: torch.Tensor.double,
 }
 """What computes on tensors what a function computes on numbers."""
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _OWN = "/lightning_autosp/step.py"
 _WIDE = {torch.SymFloat: torch.float64, torch.SymInt: torch.int64, torch.SymBool: torch.bool}
 
@@ -105,6 +105,6 @@ def _replace(graph: fx.Graph, node: fx.Node, tensors: dict[fx.Node, fx.Node]) ->
 
 def _claim(node: fx.Node, condition: Any) -> None:
     """Make a node the assertion that a tensor holds true. Inductor puts what it says into C++ as it is."""
-    frames = [f"{file}:{line}" for file, line in _FRAME.findall(node.stack_trace or "") if not file.endswith(_OWN)]
-    said = "A check of a tensor's values failed, at " + ", called at ".join(reversed(frames[-3:] or ["<unknown>"]))
+    places = [f"{file}:{line}" for file, line in frames(node) if not file.endswith(_OWN)]
+    said = "A check of a tensor's values failed, at " + ", called at ".join(reversed(places[-3:] or ["<unknown>"]))
     node.target, node.args = aten._assert_async.msg, (condition, said)

@@ -139,8 +139,10 @@ class LoweredStep:
             tile_rows: Positions of a tile.
 
         Returns:
-            Whether there is anything of the kind.
+            Whether there is anything of the kind that is not in tiles yet.
         """
+        if self._tiled:
+            return False
         self._plans.clear()
         self._tiled = True
         found = [tile(self.captured, rules.find, one, tile_rows) for one in local_regions(self.captured, rules.find)]
@@ -228,7 +230,7 @@ class LoweredStep:
     def _compile(self, sizes: dict[sympy.Symbol, int], inputs: Sequence[Any]) -> Callable[..., Any]:
         compiler, start = self.compiler, time.perf_counter()
         before = compiler.memory.decisions.get(compiler.kind) if compiler.memory is not None else None
-        if before is not None and before.tiled and not self._tiled:
+        if before is not None and before.tiled:
             self.tile(TILE_ROWS)
         while True:
             emitter, program = self.emit(sizes, compiler.group, compiler.parameters, self.arriving(inputs))

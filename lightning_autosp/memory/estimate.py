@@ -7,7 +7,7 @@ import inspect
 import itertools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,6 @@ class MemoryEstimate:
     seconds_again: float = 0.0
     step_seconds: float = 0.0
     measured: int = 0
-    tried: int = field(default=1, repr=False)
 
     @property
     def fits(self) -> bool:
@@ -138,7 +137,6 @@ def estimate_training(
         flops_again=sum(joint.cost(node).flops for node in schedule.recomputed),
         seconds_again=choice.seconds,
         step_seconds=sum(roofline.seconds(joint.cost(node)) for node in (*schedule.forward, *schedule.backward)),
-        tried=choice.tried,
     )
     total_grads = sum(size for key, size in grads.items() if key not in joint.resident)
     step = (

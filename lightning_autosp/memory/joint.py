@@ -6,6 +6,7 @@ what it computes again included; `Schedule.peaks` walks it and counts the storag
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections import Counter
@@ -27,14 +28,15 @@ Storages = dict[int, int]
 """`storage -> bytes`."""
 
 
+def tensors_of(node: fx.Node) -> list[Tensor]:
+    """Return the tensors of a node's value."""
+    return [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
+
+
 def storages(node: fx.Node) -> Storages:
     """Return the storages of a node's value."""
-    found: Storages = {}
-    for value in pytree.tree_leaves(node.meta.get("val")):
-        if isinstance(value, Tensor) and value.layout == torch.strided:
-            storage = value.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
-    return found
+    found = (value.untyped_storage() for value in tensors_of(node) if value.layout == torch.strided)
+    return {storage._cdata: storage.nbytes() for storage in found}
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,12 @@ class Peak:
         node: The operator at which it occurs; `None` for an empty graph.
         alive: The storages alive then, and their bytes.
         workspace: What the operator's kernel needs besides.
-        end: Bytes alive when the graph returns.
     """
 
     bytes: int
     node: fx.Node | None
     alive: Storages
     workspace: int
-    end: int
 
 
 class Memory:
@@ -80,6 +80,11 @@ class Memory:
             items = [user for user in node.users if user.target is operator.getitem]
             if items and not isinstance(node.meta.get("val"), Tensor):
                 self.items[node] = items
+
+    def bytes_made(self, node: fx.Node) -> int:
+        """Return the bytes of storages that the operator makes, not those of its inputs."""
+        given = {key for source in node.all_input_nodes for key in self.made[source]}
+        return sum(size for key, size in self.made[node].items() if key not in given)
 
     def walk(
         self, order: Sequence[fx.Node], inputs: Storages, outputs: set[int], resident: set[int], collect: bool = False
@@ -138,7 +143,7 @@ class Memory:
         for key, size in at_peak.items():
             name = key[0] if isinstance(key, tuple) else key
             first[name] = first.get(name, 0) + size
-        return Peak(best, where, first, space, current)
+        return Peak(best, where, first, space)
 
     def _versions(self, order: Sequence[fx.Node]) -> tuple[list[dict[Any, int]], list[Sequence[Any]]]:
         """Return what each operator makes and uses. One that runs again makes storages of its own each time."""
@@ -332,13 +337,13 @@ class Schedule:
     def refreshed(self, patience: int) -> Schedule:
         """Return the schedule in which cheap values do not wait for their next use, but are computed once more before it.
 
-        Args:
-            patience: So many costly operators (products, attention, collectives) they do wait.
-
         Without, whatever backward computes again exists once, and what a layer first made (the float32 copies of a norm)
         waits until the rest of the layer has been differentiated.
+
+        Args:
+            patience: So many costly operators (products, attention, collectives) they do wait.
         """
-        fresh = self._fresh()
+        fresh = self._fresh
         order: list[fx.Node] = []
         made_at: dict[fx.Node, int] = {}
         costly = 0
@@ -365,18 +370,15 @@ class Schedule:
         one = self.joint.cost(node)
         return is_view(node) or not (one.flops or one.sent or is_attention(node) or self.joint.memory.workspace[node])
 
+    @functools.cached_property
     def _fresh(self) -> set[fx.Node]:
-        """Return the values that are no more to keep alive than what they are computed from."""
+        """The values that are no more to keep alive than what they are computed from."""
         joint, memory = self.joint, self.joint.memory
         again = [node for node in self.recomputed if node not in memory.items and node.target is not operator.getitem]
         cheap = {node for node in again if self._is_cheap(node) and not is_random(node) and not is_mutation(node)}
         alive = set(self.saved) | set(joint.primals)
         demanded = {source for node in self.backward if node not in cheap for source in node.all_input_nodes}
-
-        def size(node: fx.Node) -> int:
-            given = {key for source in node.all_input_nodes for key in memory.made[source]}
-            return sum(size for key, size in memory.made[node].items() if key not in given)
-
+        size = memory.bytes_made
         memo: dict[fx.Node, int] = {}
 
         def to_provide(node: fx.Node) -> int:
@@ -474,7 +476,3 @@ def is_random(node: fx.Node) -> bool:
 
 def is_mutation(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def tensors_of(node: fx.Node) -> list[Any]:
-    return [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]

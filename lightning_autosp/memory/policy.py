@@ -44,7 +44,6 @@ class Choice:
         peak: Bytes at once, without parameters, inputs and optimizer.
         seconds: Computing again and moving to the host and back, on the roofline.
         fits: Whether the peak is within the limit.
-        tried: Choices that were simulated.
         kept: The operators whose results are kept.
         patience: Of `Schedule.refreshed`; 0 if the schedule is not refreshed.
     """
@@ -54,7 +53,6 @@ class Choice:
     peak: int
     seconds: float
     fits: bool
-    tried: int = 1
     kept: set[fx.Node] = field(default_factory=set)
     patience: int = 0
 
@@ -84,9 +82,13 @@ def _waits(collectives: Iterable[fx.Node]) -> set[fx.Node]:
     return {user for node in collectives if is_collective(node) for user in node.users if is_collective(user)}
 
 
-def anchors(joint: Joint) -> list[fx.Node]:
-    """Return the operators that cuts stand before: attention and the loss; without any, where matrix products divide evenly."""
-    order = [node for node in joint.nodes if node in joint.forward and joint.is_activation(node)]
+def anchors(joint: Joint, order: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return the operators that cuts stand before: attention and the loss; without any, where matrix products divide evenly.
+
+    Args:
+        joint: The graph.
+        order: What computes activations in forward.
+    """
     found = [node for node in order if is_attention(node)]
     if found:
         behind = order[order.index(found[-1]) + 1 :]
@@ -126,7 +128,7 @@ def cuts(joint: Joint) -> set[fx.Node]:
         widths.append(sum(alive.values()))
     kept: set[fx.Node] = set()
     start = 0
-    for anchor in anchors(joint):
+    for anchor in anchors(joint, order):
         stop = position[anchor]
         places = range(start, stop)
         if places:
@@ -214,9 +216,7 @@ def choose(
     if full.fits and mixtures:
         tried.append(_grow(joint, full, again, limit))
     fitting = [one for one in tried if one.fits]
-    best = min(fitting, key=lambda one: (one.seconds, one.peak)) if fitting else min(tried, key=lambda one: one.peak)
-    best.tried = sum(one.tried for one in tried)
-    return best
+    return min(fitting, key=lambda one: (one.seconds, one.peak)) if fitting else min(tried, key=lambda one: one.peak)
 
 
 def candidates(joint: Joint, again: Recomputation, kept: set[fx.Node]) -> list[fx.Node]:
@@ -225,15 +225,8 @@ def candidates(joint: Joint, again: Recomputation, kept: set[fx.Node]) -> list[f
     return [
         node
         for node in joint.nodes
-        if node in spared and joint.is_activation(node) and not is_view(node) and bytes_made(joint, node)
+        if node in spared and joint.is_activation(node) and not is_view(node) and joint.memory.bytes_made(node)
     ]
-
-
-def bytes_made(joint: Joint, node: fx.Node) -> int:
-    """Return the bytes of storages that the operator makes, not those of its inputs."""
-    made = joint.memory.made
-    given = {key for source in node.all_input_nodes for key in made[source]}
-    return sum(size for key, size in made[node].items() if key not in given)
 
 
 def _grow(joint: Joint, start: Choice, again: Recomputation, limit: int | None) -> Choice:
@@ -241,7 +234,7 @@ def _grow(joint: Joint, start: Choice, again: Recomputation, limit: int | None) 
     found = candidates(joint, again, start.kept)
     if len(found) <= EXHAUSTIVE:
         return _every_subset(joint, start, found, again, limit)
-    best, count = start, 0
+    best = start
     groups = _alike(joint, start.kept, found)
     while groups:
         now = again.seconds(best.kept)
@@ -249,7 +242,7 @@ def _grow(joint: Joint, start: Choice, again: Recomputation, limit: int | None) 
         worth: list[tuple[float, int]] = []
         for index, group in enumerate(groups):
             left = [node for node in group if node in spared]
-            size = sum(bytes_made(joint, node) for node in left)
+            size = sum(joint.memory.bytes_made(node) for node in left)
             if left:
                 worth.append(((now - again.seconds(best.kept | set(left))) / size, -index))
         if not worth or max(worth)[0] <= 0:
@@ -260,14 +253,12 @@ def _grow(joint: Joint, start: Choice, again: Recomputation, limit: int | None) 
         while low < high:
             middle = (low + high + 1) // 2
             one = evaluate(joint, "mixture", best.kept | set(group[:middle]), again, limit)
-            count += 1
             if one.fits:
                 low, kept = middle, one
             else:
                 high = middle - 1
         if low and kept.seconds < best.seconds:
             best = kept
-    best.tried = count
     return best
 
 
@@ -286,12 +277,10 @@ def _alike(joint: Joint, cut: set[fx.Node], found: Sequence[fx.Node]) -> list[li
 
 
 def _every_subset(joint: Joint, start: Choice, found: Sequence[fx.Node], again: Recomputation, limit: int | None) -> Choice:
-    best, count = start, 0
+    best = start
     for size in range(1, len(found) + 1):
         for subset in itertools.combinations(found, size):
             one = evaluate(joint, "mixture", start.kept | set(subset), again, limit)
-            count += 1
             if one.fits and (one.seconds, one.peak) < (best.seconds, best.peak):
                 best = one
-    best.tried = count
     return best
