@@ -271,7 +271,7 @@ class Planner:
 
     def fitting(self, length: int | None = None) -> Plan:
         """Return the plan for sequences of that length, the batch's own by default; in tiles if it does not fit otherwise."""
-        plan = self.at(length or self.length)
+        plan = self.at(self.length if length is None else length)
         return plan if plan.best[1].fits or not self.tile() else self.at(plan.length)
 
     def at(self, length: int, policies: Sequence[CheckpointPolicy] = POLICIES) -> Plan:
@@ -283,7 +283,10 @@ class Planner:
 
         Raises:
             PlanError: If the module works with the batch's length only.
+            ValueError: If the length is no number of positions.
         """
+        if length < 1:
+            raise ValueError(f"length={length} is not known. Use a number of positions, 1 or larger.")
         if length != self.length and self.lowered.captured.following:
             raise PlanError(
                 f"{type(self.module).__name__} has tensors of as many positions as the batch ({self.length}), so length {length} "
@@ -471,7 +474,7 @@ def plan_target(
     Raises:
         PlanError: If the step cannot be planned.
         TargetError: If something named does not exist.
-        ValueError: If the device or its memory is not known.
+        ValueError: If the device, its memory, the number of ranks or the length is not known.
     """
     kind = device_kind(device or "h100")
     limit = kind.memory if device_memory is None else parse_bytes(device_memory, "--device-memory")

@@ -572,7 +572,7 @@ class AutoSPStrategy(ParallelStrategy):
         result = self._step("training_step", self.precision_plugin.train_step_context(), args, kwargs)
         loss = result["loss"] if isinstance(result, Mapping) and "loss" in result else result
         if isinstance(loss, Tensor):
-            _refuse_loss(loss)
+            _refuse_loss(loss, self._checkpoint_policy)
         return result
 
     @override
@@ -773,13 +773,14 @@ def _refuse_module(module: nn.Module) -> None:
         )
 
 
-def _refuse_loss(loss: Tensor) -> None:
+def _refuse_loss(loss: Tensor, policy: str) -> None:
     if loss.numel() != 1:
         raise MisconfigurationException(
             f"training_step returned a loss of shape {tuple(loss.shape)}; it has to be a scalar. Reduce it with .mean() or .sum()."
         )
     if not loss.requires_grad:
+        asked = "" if policy == "auto" else f" There is no backward that checkpoint_policy={policy!r} could apply to."
         raise MisconfigurationException(
             "training_step returned a loss without a gradient: it was detached, computed under torch.no_grad(), or depends on "
-            "no parameter."
+            f"no parameter that requires one.{asked} Return the loss as it was computed, and leave some parameters trainable."
         )

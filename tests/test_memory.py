@@ -294,10 +294,14 @@ def test_fractions() -> None:
         limit_bytes(1.5, 1000)
 
 
-@pytest.mark.parametrize("options", [{"memory_limit": "much"}, {"memory_limit": 2.0}, {"checkpoint_policy": "some"}])
-def test_options_that_are_not_known(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        AutoSPStrategy(**options)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("memory_limit", value) for value in ("much", "80 apples", 0, -1, 2.0, -0.5, 0.0, True, "-1GiB")]
+    + [("checkpoint_policy", "some"), ("checkpoint_policy", None)],
+)
+def test_options_that_are_not_known(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{option}={value!r} is .*(Use|fraction)"):
+        AutoSPStrategy(**{option: value})
 
 
 def test_a_step_that_does_not_fit_is_refused_before_it_runs(chain: tuple[Joint, set[Any]]) -> None:
@@ -350,6 +354,16 @@ class TestPlan:
     def test_unknown_device(self) -> None:
         with pytest.raises(ValueError, match=r"'h9000' is not known.*h100"):
             plan_target("nothing.py:Nothing", world=2, device="h9000")
+
+    @pytest.mark.parametrize("options", [{"device_memory": "80 apples"}, {"world": 0}])
+    def test_unknown_numbers(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=r"80 apples.*Use an integer|world=0 is not known"):
+            plan_target("nothing.py:Nothing", **{"world": 2, **options})
+
+    @pytest.mark.parametrize("length", [0, -5])
+    def test_no_length(self, length: int) -> None:
+        with pytest.raises(ValueError, match=f"length={length} is not known. Use a number of positions"):
+            self.planner().fitting(length)
 
     def test_unknown_precision(self) -> None:
         with pytest.raises(PlanError, match="'int8' cannot be planned"):

@@ -186,6 +186,26 @@ def test_loss_without_a_gradient(pool: Pool) -> None:
     assert "loss without a gradient" in refused(pool, fit_batches, Detached, torch.ones(6, dtype=torch.long))
 
 
+@pytest.mark.parametrize("policy", ["none", "attention", "full"])
+def test_policy_without_backward(pool: Pool, policy: str) -> None:
+    """In training; a step that is only evaluated has none to apply a policy to."""
+    message = refused(pool, fit_batches, Frozen, torch.ones(6, dtype=torch.long), None, {"checkpoint_policy": policy})
+    assert f"no backward that checkpoint_policy={policy!r} could apply to" in message
+    assert "leave some parameters trainable" in message
+
+
+class Frozen(Sum):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+@pytest.mark.parametrize("policy", ["attention", "full"])
+def test_policy_where_a_step_is_only_evaluated(pool: Pool, policy: str) -> None:
+    runs = pool.run(jobs.evaluate, 2, "GPT", {"checkpoint_policy": policy}, 2)
+    assert runs[0]["validated"] == runs[1]["validated"]
+
+
 def test_manual_optimization(pool: Pool) -> None:
     assert "automatic_optimization=False is not supported" in refused(pool, fit_batches, Manual, torch.ones(6, dtype=torch.long))
 
