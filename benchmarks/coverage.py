@@ -20,6 +20,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,8 @@ def compare(example: Example, num_ranks: int) -> Row:
     """Compare a module on simulated ranks with the same module on one device."""
     import torch
 
+    from lightning_autosp.compiler.report import StrictModeError
+
     module = example.module
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     want = module(*example.inputs)
@@ -78,6 +81,8 @@ def compare(example: Example, num_ranks: int) -> Row:
         parameter.grad = None
     try:
         losses, by_rank, report, captured = simulate(example, num_ranks)
+    except StrictModeError as error:  # not one graph
+        return failure(error.__cause__ or error)
     except Exception as error:  # noqa: BLE001 -- whatever it is becomes the row
         return failure(error)
 
@@ -107,12 +112,12 @@ def simulate(example: Example, num_ranks: int) -> tuple[list[Tensor], list[dict[
     """Lower a module and return every rank's loss, every rank's gradients, the report and the captured graph."""
     from lightning_autosp.check import Simulation
     from lightning_autosp.compiler.report import Report
-    from lightning_autosp.step import compile_step, mark_sequence
+    from lightning_autosp.step import CompiledStep
 
     simulation = Simulation(example.module, num_ranks, sharded=False)
-    mark_sequence(example.inputs, example.sequence_dim)
-    backend = simulation.compiler(Report(), "training_step")
-    loss = compile_step(example.module, backend)(*example.inputs)
+    compiler = replace(simulation.compiler(Report(), "forward"), strict=True)
+    step: Any = CompiledStep(example.module, "forward", compiler, simulation.parameters[0], example.sequence_dim)
+    loss = step(*example.inputs)
     run = simulation.last
     assert run is not None
     losses = run.everywhere(loss)

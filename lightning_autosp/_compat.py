@@ -17,7 +17,7 @@ import torch
 from torch._functorch import config as _functorch_config
 from torch._functorch._aot_autograd.functional_utils import from_fun as _from_fun
 
-# Functionalisation that keeps composite operators (attention, losses, dropout) whole: what torch.export traces with.
+# Functionalisation as torch.export traces with it.
 from torch._functorch._aot_autograd.functional_utils import has_data_mutation, to_fun
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
@@ -26,7 +26,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition as
 # What Dynamo records where a vmap opens and closes a level.
 from torch._functorch.predispatch import _vmap_decrement_nesting as VMAP_CLOSES
 from torch._functorch.predispatch import _vmap_increment_nesting as VMAP_OPENS
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode as _FunctionalTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 # Tie a fake tensor that no traced operator produced to a node of the graph being traced (opaque higher-order operators).
@@ -61,6 +62,7 @@ __all__ = [
     "dynamic_dims",
     "example_of",
     "extract_forward_and_backward",
+    "first_sizes",
     "forbid_reading",
     "from_fun",
     "has_data_mutation",
@@ -88,6 +90,24 @@ __all__ = [
 
 DYNAMO_IGNORES_MODES = hasattr(TorchDispatchMode, "ignore_compile_internals")
 """Whether a dispatch mode can let Dynamo compile what runs under it. Older versions leave all of it to eager code."""
+
+
+class FunctionalTensorMode(_FunctionalTensorMode):
+    """Functionalisation that keeps composite operators whole, and lets what a dropout returns be updated in place."""
+
+    def __init__(self) -> None:
+        super().__init__(pre_dispatch=True, export=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is not torch.ops.aten.dropout.default or not isinstance(result, FunctionalTensor):
+            return result
+        # The operator may return its input, so torch refuses to update what it returns. Here it is known which it does.
+        tensor, probability, training = args
+        if not training or probability == 0 or tensor.numel() == 0:
+            return tensor
+        with self:
+            return to_fun(from_fun(result))
 
 
 def from_fun(tensor: Any) -> Any:
@@ -166,6 +186,13 @@ def marked_for_now(dims: Mapping[torch.Tensor, Iterable[int]]) -> Iterator[None]
 def symbols_at_first(size: int | torch.SymInt) -> set[Any]:
     """Return the symbols that a size was made of, whatever is known of them by now."""
     return set(size.node._expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
+def first_sizes(values: Iterable[Any]) -> dict[Any, int]:
+    """Return what the symbols that are sizes of fake tensors were when these were traced, whatever is known of them by now."""
+    sizes: Iterable[Any] = (size for value in values if isinstance(value, torch.Tensor) for size in value.shape)
+    nodes = [size.node for size in sizes if isinstance(size, torch.SymInt)]
+    return {node._expr: int(node.hint) for node in nodes if node._expr.is_Symbol and node.has_hint()}
 
 
 def example_of(placeholder: torch.fx.Node) -> Any:

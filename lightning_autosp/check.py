@@ -577,6 +577,11 @@ def _shown(got: Tensor, want: Tensor) -> str:
     return f": {got.item():.9g}, one device {want.item():.9g}" if want.numel() == 1 else ""
 
 
+def _largest(gradients: Mapping[str, Tensor | None]) -> float:
+    """Return the norm of the largest gradient."""
+    return max((float(one.norm()) for one in gradients.values() if one is not None), default=0.0)
+
+
 def _comparisons(got: _Observed, want: _Observed, tolerance_of: Callable[[Tensor], float]) -> Iterator[Comparison]:
     """Compare everything but what is random."""
     for name in sorted(want.values.keys() ^ got.values.keys()):
@@ -588,7 +593,7 @@ def _comparisons(got: _Observed, want: _Observed, tolerance_of: Callable[[Tensor
         yield _compare(name, got.values[name], value, tolerance_of(value), 1.0 if name.startswith("logged ") else 0.0)
     if got.loss in got.random:
         return
-    largest = max((float(one.norm()) for one in want.gradients.values() if one is not None), default=0.0)
+    largest = _largest(want.gradients)
     for name, gradient in want.gradients.items():
         lowered = got.gradients[name]
         if gradient is None and lowered is None:
@@ -605,10 +610,11 @@ def _comparisons(got: _Observed, want: _Observed, tolerance_of: Callable[[Tensor
         )
 
 
-def _changed(before: Tensor, after: Tensor, dim: int | None, tolerance: float) -> tuple[Tensor, Tensor]:
+def _changed(before: Tensor, after: Tensor, dim: int | None, tolerance: float, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return which positions along `dim` (`None`: which elements) changed surely, and which may have changed.
 
-    Both are boolean, of shape `(positions,)`. Surely: by more than `tolerance` of the largest value. Maybe: by more than rounding.
+    Both are boolean, of shape `(positions,)`. Surely: by more than `tolerance` of the largest value, or of `floor` if that is more.
+    Maybe: by more than rounding.
     """
     if not before.is_floating_point():
         change, scale, rounding = (after != before).double(), 1.0, 0.0
@@ -616,7 +622,7 @@ def _changed(before: Tensor, after: Tensor, dim: int | None, tolerance: float) -
         both = before.isfinite() & after.isfinite()
         change = torch.where(both, after - before, 0.0).abs().double()
         change = torch.where(before.isfinite() == after.isfinite(), change, float("inf"))
-        scale = float(before[both].abs().max()) if both.any() else 0.0
+        scale = max(floor, float(before[both].abs().max()) if both.any() else 0.0)
         rounding = 16 * torch.finfo(before.dtype).eps
     by_place = change.reshape(-1) if dim is None else change.movedim(dim, 0).reshape(change.shape[dim], -1).amax(1)
     return by_place > tolerance * scale, by_place > rounding * scale
@@ -707,9 +713,9 @@ class _Check:
         sequences = lowered[0].sequences
         probe = Probe(position, 0, [], [])
 
-        def compare(name: str, dim: int | None, sides: list[tuple[Tensor, Tensor]]) -> None:
+        def compare(name: str, dim: int | None, sides: list[tuple[Tensor, Tensor]], floor: float = 0.0) -> None:
             tolerance = self._tolerance(sides[0][0])
-            (sure, maybe), (lowered_sure, lowered_maybe) = (_changed(before, after, dim, tolerance) for before, after in sides)
+            (sure, maybe), (lowered_sure, lowered_maybe) = (_changed(*side, dim, tolerance, floor) for side in sides)
             probe.num_changed += int(sure.sum())
             for places, found in ((probe.leaked, lowered_sure & ~maybe), (probe.lost, sure & ~lowered_maybe)):
                 places += [f"{name}[{place}]" for place in found.nonzero()[:, 0].tolist()]
@@ -719,11 +725,13 @@ class _Check:
             if sides[0][0].numel() and sides[0][0].shape == sides[1][0].shape:
                 compare(name, sequences.get(name), sides)
         if not sequences.keys() & set(names):
-            # Nothing returned has positions: rows of gradients (of embeddings, say) tell what reached what.
+            # Nothing returned has positions: rows of gradients (of embeddings, say) tell what reached what. One may be zero but for
+            # rounding (of a key's bias), whatever changes.
+            floor = _largest(one[0].gradients) / 10
             for name, gradient in one[0].gradients.items():
                 found: list[Any] = [(before.gradients[name], after.gradients[name]) for before, after in (one, lowered)]
                 if gradient is not None and gradient.numel() and all(value is not None for pair in found for value in pair):
-                    compare(f"gradient of {name}", 0 if gradient.ndim else None, found)
+                    compare(f"gradient of {name}", 0 if gradient.ndim else None, found, floor)
         return probe
 
 

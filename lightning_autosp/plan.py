@@ -238,6 +238,7 @@ class Planner:
         self.lowered, self.sizes = compiler.found.pop()
         if not self.lowered.captured.symbols:
             raise PlanError(f"{type(module).__name__}.{step} fixes the sequence length, so other lengths cannot be planned.")
+        self._one_length = bool(self.lowered.captured.following or compiled.numbers)
         self._state_bytes = state_bytes
         self._fused = backend == "inductor"
 
@@ -287,10 +288,10 @@ class Planner:
         """
         if length < 1:
             raise ValueError(f"length={length} is not known. Use a number of positions, 1 or larger.")
-        if length != self.length and self.lowered.captured.following:
+        if length != self.length and self._one_length:
             raise PlanError(
-                f"{type(self.module).__name__} has tensors of as many positions as the batch ({self.length}), so length {length} "
-                "cannot be planned. Make the module and the batch for that length."
+                f"{type(self.module).__name__} has tensors of as many positions as the batch ({self.length}), or compares its "
+                f"length with a number, so length {length} cannot be planned. Make the module and the batch for that length."
             )
         sizes = self._sizes(length)
         emitter, program = self.lowered.emit(sizes, self.group, self.parameters)

@@ -95,13 +95,21 @@ def symbolic_block_masks(module: torch.nn.Module, batch: Any) -> Iterator[None]:
 _Choice = Callable[[Tensor, int], bool]
 """Of dimensions of the module's tensors."""
 
+_Numbers = list[tuple[torch.nn.Module, str]]
+"""Attributes of submodules that are numbers, or lists or tuples of them."""
+
 
 class _CaptureAgainError(Exception):
-    """A captured graph is refused: of the module's tensors, the dimensions that `chosen` accepts are to be symbols."""
+    """A captured graph is refused: sizes of the module are to be symbols.
 
-    def __init__(self, chosen: _Choice) -> None:
+    Attributes:
+        chosen: Accepts the dimensions of the module's tensors that are meant.
+        numbers: What is meant besides.
+    """
+
+    def __init__(self, chosen: _Choice, numbers: _Numbers) -> None:
         super().__init__("the step is captured again")
-        self.chosen = chosen
+        self.chosen, self.numbers = chosen, numbers
 
 
 def _dims(module: torch.nn.Module, chosen: _Choice) -> dict[Tensor, list[int]]:
@@ -109,6 +117,34 @@ def _dims(module: torch.nn.Module, chosen: _Choice) -> dict[Tensor, list[int]]:
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if type(tensor) in (Tensor, torch.nn.Parameter)]
     found = {tensor: [dim for dim in range(tensor.ndim) if chosen(tensor, dim)] for tensor in tensors}
     return {tensor: dims for tensor, dims in found.items() if dims}
+
+
+def _numbers(module: torch.nn.Module, sizes: set[int]) -> _Numbers:
+    """Return the attributes of submodules that name one of these sizes (`self.image_size`)."""
+
+    def names(value: Any) -> bool:
+        return any(type(one) is int and one in sizes for one in (value if type(value) in (list, tuple) else [value]))
+
+    return [(one, name) for one in module.modules() for name, value in vars(one).items() if names(value)]
+
+
+@contextlib.contextmanager
+def _symbolic_numbers(chosen: _Numbers) -> Iterator[None]:
+    """Let Dynamo take numbers that a module keeps for symbols: comparing one with the sequence's length makes the two the same."""
+
+    def symbolic(value: Any) -> Any:
+        return _compat.symbolic(value) if type(value) is int else value
+
+    before = [(owner, name, vars(owner).get(name)) for owner, name in chosen]
+    after = [type(old)(map(symbolic, old)) if isinstance(old, (list, tuple)) else symbolic(old) for _, _, old in before]
+    for (owner, name, _), new in zip(before, after, strict=True):
+        vars(owner)[name] = new
+    try:
+        yield
+    finally:
+        for (owner, name, old), new in zip(before, after, strict=True):
+            if vars(owner).get(name) is new:
+                vars(owner)[name] = old
 
 
 _MESSAGES = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
@@ -149,6 +185,8 @@ class CompiledStep:
         self._mode = "whole"
         self._chosen: _Choice | None = None
         """Which sizes of the module's tensors are symbols when the step is captured."""
+        self.numbers: _Numbers = []
+        """What else of the module is a symbol then."""
         self._run = compile_step(self._user_step(), self.compiler)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,12 +206,12 @@ class CompiledStep:
             except CANNOT_TRACE as error:
                 cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
                 if isinstance(cause, _CaptureAgainError):
-                    self._capture_again(cause.chosen)
+                    self._capture_again(cause.chosen, cause.numbers)
                     continue
                 if self._mode != "whole" or not isinstance(cause, (NeedsBreakError, *CANNOT_TRACE)):
                     raise
                 if self._chosen is not None:
-                    self._capture_again(None)
+                    self._capture_again(None, [])
                     continue
                 self._change("pieces", _headline(cause), error)
             except RuntimeError as error:
@@ -188,8 +226,9 @@ class CompiledStep:
     def _refuse_fixed_length(self, captured: Captured) -> None:
         """Have a step captured again if it fixes the sequence's length to a size of the module.
 
-        A table of positions that is added whole, `x + self.pos`, would fix it; with a symbol of its own, the sum makes the two the
-        same. That is no default: a layer's width that happens to be the sequence's length would get a symbol too.
+        A table of positions that is added whole, `x + self.pos`, would fix it, and so would a comparison with a number that the
+        module keeps; with a symbol of its own, the sum or the comparison makes the two the same. That is no default: a layer's
+        width that happens to be the sequence's length would get a symbol too.
         """
         ranks = self.compiler.group.size
         # Where a sequence is followed, a dimension that is fixed by itself is another, only as long: of features.
@@ -199,19 +238,21 @@ class CompiledStep:
         def chosen(tensor: Tensor, dim: int) -> bool:
             return tensor.shape[dim] in sizes
 
-        if sizes and _dims(self.module, chosen):
-            raise _CaptureAgainError(chosen)
+        # Numbers are compared with sizes of the batch, and are not all sizes.
+        numbers = _numbers(self.module, {one.size for one in fixed if one.alone and one.size in sizes})
+        if numbers or (sizes and _dims(self.module, chosen)):
+            raise _CaptureAgainError(chosen, numbers)
 
     def _refuse_other_symbols(self, captured: Captured) -> None:
         """Have a step captured once more if a size of the module that has nothing to do with the sequence stayed a symbol."""
         self.compiler.inspect = None
         following = captured.following
         if captured.loose:
-            raise _CaptureAgainError(lambda tensor, dim: (id(tensor), dim) in following)
+            raise _CaptureAgainError(lambda tensor, dim: (id(tensor), dim) in following, self.numbers)
 
-    def _capture_again(self, chosen: _Choice | None) -> None:
+    def _capture_again(self, chosen: _Choice | None, numbers: _Numbers) -> None:
         inspect = self._refuse_other_symbols if self._chosen is None and chosen is not None else None
-        self._chosen, self.compiler = chosen, replace(self.compiler, inspect=inspect)
+        self._chosen, self.numbers, self.compiler = chosen, numbers, replace(self.compiler, inspect=inspect)
         self._run = compile_step(self._user_step(), self.compiler)
         if chosen is not None:
             config = torch._dynamo.config
@@ -222,7 +263,7 @@ class CompiledStep:
         marks = {} if self._chosen is None else _dims(self.module, self._chosen)
         self.compiler.own.update(map(id, marks))
         try:
-            with _compat.marked_for_now(marks):
+            with _compat.marked_for_now(marks), _symbolic_numbers(self.numbers):
                 yield
         finally:
             self.compiler.own.clear()
@@ -255,7 +296,7 @@ class CompiledStep:
         if self.compiler.strict:
             raise StrictModeError(f"strict=True: {self.kind} is not one graph. At {where}: {reason}") from error
         self.compiler.report.breaks.append(GraphBreak(where, f"{self.kind}: {reason}"))
-        self._mode, self._chosen = mode, None
+        self._mode, self._chosen, self.numbers = mode, None, []
         if mode == "eager":
             self.compiler.report.notes.append(f"{self.kind} runs uncompiled and unsharded: right, but slow and large")
             self._run = self._user_step()

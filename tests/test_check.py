@@ -50,6 +50,27 @@ class Small(LightningModule):
         return {"loss": loss, "logits": logits}
 
 
+class KeyBias(LightningModule):
+    """The gradient of a key's bias is zero but for rounding, and nothing that is returned has positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.norm = nn.LayerNorm(16)
+
+    def training_step(self, batch: Tensor, batch_idx: int = 0) -> Tensor:
+        q, k, v = (project(batch).unflatten(-1, (4, 4)).transpose(1, 2) for project in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.norm(self.out(attended) + batch).square().mean()
+
+
+def test_rounding_of_gradients_that_are_zero_is_no_change() -> None:
+    torch.manual_seed(0)
+    result = check(KeyBias(), torch.randn(2, 12, 16))
+    assert result.ok, str(result)
+    assert all(probe.num_changed for probe in result.probes)
+
+
 @pytest.mark.parametrize("make", [modules.GPT, functools.partial(modules.HFLlama, layers=1)], ids=["GPT", "HFLlama"])
 def test_equal_and_everything_left_as_it_was(make: Callable[[], LightningModule]) -> None:
     module, data = make(), batch()

@@ -71,6 +71,13 @@ def compared(module: Any, x: Tensor) -> Tensor:
     return x + module.pos
 
 
+def as_configured(module: Any, x: Tensor) -> Tensor:
+    height, width = module.size
+    if x.shape[1] != module.length or x.shape[1] != height:
+        raise ValueError(f"length {x.shape[1]}")
+    return x + module.pos[:, : module.length] + torch.arange(module.length)[:, None] * width
+
+
 def table(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(1)))
 
@@ -198,6 +205,43 @@ def test_a_length_that_python_compares_is_named() -> None:
     assert whole_step.where.startswith(f"{__file__}:")
     assert whole_step.source == "if x.shape[1] != LENGTH:"
     assert f"the code fixes the sequence length there (to {LENGTH})" in whole_step.reason
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_length_that_is_compared_with_a_number_of_the_module(num_ranks: int, captures: list[Any]) -> None:
+    module = Positions(as_configured, table(1, LENGTH + 2, 8))
+    module.length, module.size = LENGTH, (LENGTH, 8)
+    assert_sharded(check(module, torch.randn(2, LENGTH, 3), num_ranks=num_ranks))
+    assert len(captures) == 2
+    assert type(module.length) is int
+    assert [type(one) for one in module.size] == [int, int]
+    planner = Planner(module, torch.randn(2, LENGTH, 3), world=2, device=device_kind("h100"))
+    assert planner.at(LENGTH).estimates["full"].peak > 0
+    with pytest.raises(PlanError, match="length 26 cannot be planned"):
+        planner.at(2 * LENGTH)
+
+
+def test_a_number_of_the_module_that_the_step_changes_stays_changed() -> None:
+    def counting(module: Any, x: Tensor) -> Tensor:
+        module.calls += 1
+        return as_configured(module, x)
+
+    module = Positions(counting, table(1, LENGTH + 2, 8)).double()
+    module.length, module.size, module.calls, module.seen = LENGTH, (LENGTH, 8), LENGTH, None
+    module.register_forward_hook(lambda *_: None)
+    report = assert_step_exact(module, [torch.randn(2, LENGTH, 3, dtype=torch.float64)] * 2)
+    assert [step.in_full for step in report.steps][0] == []
+
+
+def test_sizes_that_hold_for_other_lengths_need_no_second_capture(captures: list[Any]) -> None:
+    """Windows of two positions: `-1` stands for a number that no length changes."""
+
+    def windows(module: Any, x: Tensor) -> Tensor:
+        parts = x.view(x.shape[0], x.shape[1] // 2, 2, -1).reshape(-1, 2, x.shape[-1])
+        return parts.view(-1, x.shape[1] // 2, 2, x.shape[-1]).reshape(x.shape[0], x.shape[1], -1)
+
+    assert_sharded(check(Positions(windows, table(2, 8)), torch.randn(2, 12, 3)))
+    assert len(captures) == 1
 
 
 def test_a_length_that_a_constant_fixes_is_named_with_the_users_line() -> None:

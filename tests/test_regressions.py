@@ -47,10 +47,25 @@ def assigned(change: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
     return body
 
 
+def updated_in_place(probability: float, training: bool) -> Callable[..., Tensor]:
+    """Return a body that updates what a dropout returned."""
+
+    def body(net: Net, x: Tensor, ids: Tensor) -> Tensor:
+        x = x.sin()
+        y = F.dropout(x, probability, training)
+        y += net.positions[: y.shape[1]]
+        return (y + x).square().mean()
+
+    return body
+
+
 CASES: dict[str, Callable[..., Any]] = {
     "copy_has_no_derivative": assigned(lambda y: y[:, 3:].copy_(y[:, :-3].clone())),
     "copy_of_another_dtype": assigned(lambda y: y[:, 1:].copy_(torch.arange(D))),
     "in_place_product_of_a_part": assigned(lambda y: y[..., :2].mul_(2)),
+    "dropout_updated_in_place": updated_in_place(1.0, True),
+    "dropout_of_nothing_shares_memory": updated_in_place(0.0, True),
+    "dropout_in_evaluation_shares_memory": updated_in_place(0.5, False),
     # DTensor takes a scan over a dimension counted from the last for a scan over no dimension.
     "scan_over_a_negative_dim": lambda n, x, i: x.logcumsumexp(-2).tanh().mean() + x.cumsum(-2).square().mean(),
     "scan_of_a_transposed_negative_dim": lambda n, x, i: x.transpose(1, 2).cumprod(-1).square().mean(),

@@ -146,7 +146,7 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str], own: Container[
         parameters=parameters,
         trainable=trainable | set(parameters),
         mutated=[placeholders[index] for index in mutated],
-        fixed=_fixed(guards, lengths),
+        fixed=_fixed(guards, lengths, _compat.first_sizes(values)),
         following={place for place, found in own_sizes.items() if found & symbols},
         loose={symbol for found in own_sizes.values() for symbol in found - symbols},
         num_traced=num_traced,
@@ -177,11 +177,15 @@ def _size_of_data(node: fx.Node) -> NeedsBreakError:
     return NeedsBreakError(f"how large the result of {node.target} is depends on a tensor's values\n{node.stack_trace or ''}")
 
 
-def _fixed(guards: Iterable[tuple[sympy.Expr, str]], lengths: set[sympy.Symbol]) -> list[Fixed]:
-    """Return the numbers that sizes have to be which were made of these symbols."""
+def _fixed(guards: Iterable[tuple[sympy.Expr, str]], lengths: set[sympy.Symbol], sizes: Mapping[sympy.Symbol, int]) -> list[Fixed]:
+    """Return the numbers that sizes have to be which were made of these symbols, and would not be if the lengths were others."""
+
+    def holds_too(guard: sympy.Eq, factor: int) -> bool:
+        return guard.subs({symbol: size * (factor if symbol in lengths else 1) for symbol, size in sizes.items()}) == sympy.true
+
     found: dict[int, Fixed] = {}
     for guard, place in guards:
-        if isinstance(guard, sympy.Eq) and guard.free_symbols & lengths:
+        if isinstance(guard, sympy.Eq) and guard.free_symbols & lengths and not (holds_too(guard, 2) or holds_too(guard, 3)):
             number = next((side for side in guard.args if side.is_Integer and side > 1), None)
             if number is not None:
                 alone = any(side.is_Symbol for side in guard.args)
@@ -241,7 +245,7 @@ def _trace(
     normalise = _Normalise(gm, repeats)
 
     def run(*args: Any) -> tuple[Any, list[Any]]:
-        with _compat.FunctionalTensorMode(pre_dispatch=True, export=True):
+        with _compat.FunctionalTensorMode():
             inputs = [_compat.to_fun(a) if isinstance(a, torch.Tensor) else a for a in args]
             with fx_traceback.preserve_node_meta():
                 outputs = normalise.run(*inputs)
