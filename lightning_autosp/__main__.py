@@ -100,13 +100,19 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument(
         "--state-bytes", type=int, metavar="N", help="optimizer state for each parameter (default: what the optimizer makes)"
     )
+    parser.add_argument("--save", metavar="FILE", help="write the (last) plan, for AutoSPStrategy(plan=FILE)")
+    parser.add_argument(
+        "--backend", choices=("inductor", "aot_eager"), default="inductor", help="what training compiles with (default: inductor)"
+    )
     parser.set_defaults(run=_plan)
 
 
-def _plan(*, as_json: bool, **options: object) -> int:
+def _plan(*, as_json: bool, save: str | None, **options: object) -> int:
     try:
         plans = plan_target(**options)  # type: ignore[arg-type]
-    except (TargetError, ValueError) as error:
+        if save is not None:
+            plans[-1].save(save)
+    except (TargetError, ValueError, OSError) as error:
         return _report_error(error, "fits", as_json=as_json)
     print(json.dumps(plans[-1].to_dict(), indent=2) if as_json else "\n\n".join(map(str, plans)))  # noqa: T201
     return 0 if plans[-1].best[1].fits else 1

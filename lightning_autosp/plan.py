@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import sympy
@@ -25,14 +27,15 @@ from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
 from lightning_autosp.collectives import Group
-from lightning_autosp.compiler.backend import CompileBackend
+from lightning_autosp.compiler.backend import DECOMPOSITIONS, CompileBackend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import TILE_ROWS, Compiler, LoweredStep
 from lightning_autosp.memory.devices import DeviceKind, device_kind, format_bytes, parse_bytes
 from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
-from lightning_autosp.memory.partition import MemoryOptions, Partitioner
+from lightning_autosp.memory.partition import Agreed, Decision, MemoryOptions, Partitioner
 from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.parameters import Entry, enter_parameter, largest_part, parameter_slots
+from lightning_autosp.saved import ProgramFacts, SavedPlan, torch_release
 from lightning_autosp.step import CompiledStep
 from lightning_autosp.targets import TargetError, load_target, step_arguments
 
@@ -54,12 +57,14 @@ class Plan:
         world: Ranks, which share each sequence.
         estimates: By checkpoint policy.
         limit: Bytes a rank may take.
+        saved: By checkpoint policy, what can be given to training.
     """
 
     length: int
     world: int
     estimates: dict[str, MemoryEstimate]
     limit: int
+    saved: dict[str, SavedPlan] = field(default_factory=dict)
 
     @property
     def best(self) -> tuple[str, MemoryEstimate]:
@@ -68,6 +73,16 @@ class Plan:
         if fitting:
             return min(fitting.items(), key=lambda pair: (pair[1].seconds_again, pair[1].peak))
         return min(self.estimates.items(), key=lambda pair: pair[1].peak)
+
+    def save(self, path: str | Path) -> None:
+        """Write what was found, for `AutoSPStrategy(plan=path)`.
+
+        Raises:
+            PlanError: If the step has no backward, so that nothing was decided.
+        """
+        if not self.saved:
+            raise PlanError("The step has no backward, so there is no decision to save. Plan a training step.")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -83,6 +98,7 @@ class Plan:
             "categories": best.categories,
             "step_seconds": best.step_seconds,
             "policies": {name: one.to_dict() for name, one in self.estimates.items()},
+            "saved": self.saved[policy].to_dict() if policy in self.saved else None,
         }
 
     def __str__(self) -> str:
@@ -239,7 +255,7 @@ class Planner:
         if not self.lowered.captured.symbols:
             raise PlanError(f"{type(module).__name__}.{step} fixes the sequence length, so other lengths cannot be planned.")
         self._one_length = bool(self.lowered.captured.following or compiled.numbers)
-        self._state_bytes = state_bytes
+        self._state_bytes, self._step = state_bytes, step
         self._fused = backend == "inductor"
 
     def tile(self) -> bool:
@@ -296,6 +312,7 @@ class Planner:
         sizes = self._sizes(length)
         emitter, program = self.lowered.emit(sizes, self.group, self.parameters)
         estimates: dict[str, MemoryEstimate] = {}
+        decisions: dict[str, Decision] = {}
         held = self.states
         with FakeTensorMode(allow_non_fake_inputs=True), self._computing():
             inputs, parameters = [], []
@@ -314,7 +331,8 @@ class Planner:
             states = replace(held, inputs=batch)
 
             def divide(gm: fx.GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
-                estimates.update(self._estimates(gm, joint_inputs, states, parameters, policies, options))
+                for name, (decision, estimate) in self._decide(gm, joint_inputs, states, parameters, policies, options).items():
+                    decisions[name], estimates[name] = decision, estimate
                 raise _Divided
 
             def forward_only(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -326,15 +344,25 @@ class Planner:
 
             from torch._dynamo.backends.common import aot_autograd
 
-            compiler = aot_autograd(fw_compiler=forward_only, bw_compiler=forward_only, partition_fn=divide)
+            compiler = aot_autograd(
+                fw_compiler=forward_only, bw_compiler=forward_only, partition_fn=divide, decompositions=DECOMPOSITIONS
+            )
             with contextlib.suppress(_Divided):
                 compiler(program.module, inputs)
-        return Plan(length, self.world, estimates, self.limit)
+        with self._computing():
+            facts = self.lowered.facts(program, inputs, sizes)
+        saved = {name: self._saved(facts, decision) for name, decision in decisions.items()}
+        return Plan(length, self.world, estimates, self.limit, saved)
+
+    def _saved(self, facts: ProgramFacts, decision: Decision) -> SavedPlan:
+        name = type(self.module).__name__
+        decision = decision._replace(tiled=self.lowered.is_tiled, kept=())
+        return SavedPlan(name, self._step, torch_release(), self.world, self.parameters.sharded, facts, decision)
 
     def _options(self, policy: CheckpointPolicy) -> MemoryOptions:
         return MemoryOptions(policy, self.limit, False, self.device.roofline, self.device.overhead, fused=self._fused)
 
-    def _estimates(
+    def _decide(
         self,
         gm: fx.GraphModule,
         joint_inputs: Sequence[Any],
@@ -342,17 +370,18 @@ class Planner:
         parameters: Sequence[int],
         policies: Sequence[CheckpointPolicy],
         options: Mapping[str, Any],
-    ) -> dict[str, MemoryEstimate]:
+    ) -> dict[str, Agreed]:
         joint = Partitioner.read(gm, options["num_fwd_outputs"], parameters, fused=self._fused)
         default = None
-        found: dict[str, MemoryEstimate] = {}
+        found: dict[str, Agreed] = {}
         for policy in policies:
             partitioner = Partitioner(self._options(policy), states, parameters)
             if default is None and policy in ("none", "auto"):
                 default = partitioner.default(gm, joint, joint_inputs, **options)
             partitioner.decide(joint, default or set())
+            assert partitioner.decided is not None
             assert partitioner.estimate is not None
-            found[policy] = partitioner.estimate
+            found[policy] = (partitioner.decided, partitioner.estimate)
         return found
 
     @property
@@ -452,6 +481,7 @@ def plan_target(
     sequence_dim: int | None = None,
     precision: str | None = None,
     state_bytes: int | None = None,
+    backend: CompileBackend = "inductor",
 ) -> list[Plan]:
     """Plan a module that is named, as `targets.load_target` reads names.
 
@@ -468,6 +498,7 @@ def plan_target(
         sequence_dim: The dimension of batch tensors that is the sequence.
         precision: As the Trainer's. Default: the configuration's.
         state_bytes: Optimizer state in bytes for each parameter. Default: what the module's optimizers make.
+        backend: What training will compile with.
 
     Returns:
         The plan of the length asked for, then, if `longest`, of the longest.
@@ -494,6 +525,7 @@ def plan_target(
         sequence_dim=options["sequence_dim"],
         precision=precision or options["precision"],
         state_bytes=state_bytes,
+        backend=backend,
     )
     plans = [planner.fitting(length)]
     if longest:

@@ -57,11 +57,12 @@ from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum
 from lightning_autosp.memory.devices import device_kind, device_of, limit_bytes
 from lightning_autosp.memory.estimate import States, optimizer_memory
-from lightning_autosp.memory.partition import Agreed, MemoryOptions
+from lightning_autosp.memory.partition import MemoryOptions
 from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh, resolve_sizes
 from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
 from lightning_autosp.plan import Plan, Planner
+from lightning_autosp.saved import SavedPlan
 from lightning_autosp.step import CompiledStep, batch_tensors
 
 __all__ = ["AutoSPStrategy", "refuse_pytorch_lightning"]
@@ -78,6 +79,7 @@ PEAKS = 2
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class _AlsoOnClass(Generic[P, R]):
@@ -104,6 +106,7 @@ class AutoSPStrategy(ParallelStrategy):
         compile_backend: Backend = "auto",
         checkpoint_policy: CheckpointPolicy = "auto",
         memory_limit: int | float | str = "auto",
+        plan: str | Path | None = None,
         strict: bool = False,
         state_dict_type: StateDictType = "full",
         process_group_backend: str | None = None,
@@ -127,6 +130,9 @@ class AutoSPStrategy(ParallelStrategy):
                 layer. "full": what enters each layer alone. "auto": the least computing again that fits `memory_limit`.
             memory_limit: What a rank may take: bytes, text as "80GiB", or a fraction of the device's memory. A step that is
                 predicted to take more is refused before it runs. "auto": what the device has free; then it is only reported.
+            plan: A file that `python -m lightning_autosp plan --save` or `Plan.save` wrote: training does what it says, instead of
+                choosing by itself, for the sequences it was made for, and refuses it, before the first step runs, if the module,
+                the ranks or the batch are others. Batches that come later with other sizes are planned as without.
             strict: Raise, with the line, if anything runs unsharded for want of a rule, if an attention mask above 64 MiB
                 is not proven, or if a step is not a single graph.
             state_dict_type: "full": checkpoints are one file that plain Lightning reads. "sharded": a directory every rank writes
@@ -137,7 +143,7 @@ class AutoSPStrategy(ParallelStrategy):
             kwargs: Lightning's own: `accelerator`, `parallel_devices`, `cluster_environment`, `checkpoint_io`, `precision_plugin`.
 
         Raises:
-            ValueError: If an option has a value that is not known.
+            ValueError: If an option has a value that is not known, or `plan` is no plan.
         """
         super().__init__(**kwargs)
         _require_size("sequence_parallel_size", sequence_parallel_size)
@@ -148,6 +154,11 @@ class AutoSPStrategy(ParallelStrategy):
         _require_choice("checkpoint_policy", checkpoint_policy, CheckpointPolicy)
         if memory_limit != "auto":
             limit_bytes(memory_limit, 1)
+        if plan is not None and checkpoint_policy != "auto":
+            raise ValueError(
+                f"plan={str(plan)!r} and checkpoint_policy={checkpoint_policy!r} both say what is kept for backward. "
+                "Leave one away."
+            )
         _require_choice("state_dict_type", state_dict_type, StateDictType)
         _require_choice("start_method", start_method, StartMethod)
         if not isinstance(sequence_dim, int) or isinstance(sequence_dim, bool) or sequence_dim < 0:
@@ -159,6 +170,7 @@ class AutoSPStrategy(ParallelStrategy):
         self._compile_backend = compile_backend
         self._checkpoint_policy = checkpoint_policy
         self._memory_limit = memory_limit
+        self._saved = None if plan is None else SavedPlan.load(plan)
         self._strict = strict
         self._state_dict_type = state_dict_type
         self._process_group_backend = process_group_backend
@@ -392,6 +404,8 @@ class AutoSPStrategy(ParallelStrategy):
         self._share_random_state()
         sharding = self._parameter_sharding
         sharded = sharding == "full" or (sharding == "auto" and self.world_size > 1)
+        if self._saved is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._saved.refuse_run(type(module).__name__, meshes.sequence_size, self.world_size, sharded=sharded)
         self._parameters = ModuleParameters(module, meshes.flat, meshes.all_ranks(), sharded=sharded and self.world_size > 1)
         self._optimized_names = {id(parameter): name for name, parameter in self._parameters.owned.items()}
         for metric in (m for m in module.modules() if isinstance(m, Metric)):
@@ -413,6 +427,7 @@ class AutoSPStrategy(ParallelStrategy):
             rank_seed=self.global_rank,
             strict=self._strict,
             memory=self._memory_options(),
+            saved=self._saved,
         )
 
     def _memory_options(self) -> MemoryOptions:
@@ -440,7 +455,7 @@ class AutoSPStrategy(ParallelStrategy):
             one_decision=self.data_parallel_size > 1,
         )
 
-    def _agree_on_memory(self, own: Agreed) -> Agreed:
+    def _agree_on_memory(self, own: T) -> T:
         """Return what the first rank decided: of the sequence group, or of all where other groups may have other lengths."""
         group = None if self.data_parallel_size > 1 else self._meshes.sequence_group
         decided = [own]

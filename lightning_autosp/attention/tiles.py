@@ -22,11 +22,12 @@ __all__ = [
     "TILE_ELEMENTS",
     "ColumnBounds",
     "Cut",
+    "Handle",
     "Result",
     "Rows",
     "TileProgram",
-    "attends",
     "description",
+    "program_of",
     "rehearse",
     "run_tiles",
 ]
@@ -154,6 +155,13 @@ class Segments:
         return torch.cat(found)
 
 
+class Handle(int):
+    """The number of a tile program in this process."""
+
+
+_HANDLES = itertools.count()
+
+
 @dataclass(frozen=True, eq=False)
 class TileProgram:
     """How to compute rows of results.
@@ -188,7 +196,7 @@ class TileProgram:
     attends: bool = True
     random: bool = False
     autocast: tuple[str, torch.dtype, bool] | None = None
-    handle: int = field(default_factory=itertools.count().__next__)
+    handle: Handle = field(default_factory=lambda: Handle(next(_HANDLES)))
     """What graphs, which hold no objects, know the program by."""
 
     def __post_init__(self) -> None:
@@ -351,9 +359,9 @@ KERNELS: dict[Any, Callable[..., Any]] = {
 """What the operators do, for those who want to see inside."""
 
 
-def attends(handle: int) -> bool:
-    """Whether a program is attention."""
-    return _PROGRAMS[handle].attends
+def program_of(handle: int) -> TileProgram:
+    """Return the program of a handle."""
+    return _PROGRAMS[handle]
 
 
 def description(handle: int) -> Any:

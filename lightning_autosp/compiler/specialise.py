@@ -32,7 +32,8 @@ from lightning_autosp.compiler.rowwise import local_regions, tile, tile_losses
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.tiling import can_be_tiled
 from lightning_autosp.memory.meter import LiveBytes
-from lightning_autosp.memory.partition import DoesNotFitError, MemoryOptions, Partitioner
+from lightning_autosp.memory.partition import Decision, DoesNotFitError, MemoryOptions, Partitioner
+from lightning_autosp.saved import ProgramFacts, SavedPlan
 
 __all__ = ["MAX_PROGRAMS", "Compiler", "LoweredStep", "Parameters"]
 
@@ -73,6 +74,8 @@ class Compiler:
         inspect: Called with every graph that was captured; may raise to refuse it.
         own: `id(tensor)` of the module's tensors whose sizes are marked now: no sequences by themselves.
         memory: How memory is planned; `None`: PyTorch's own partitioner, and nothing is estimated.
+        saved: What was planned for a program; the first of its step has to be it, others are planned as without.
+        compared: Steps whose first program was.
         meter: Counts the bytes that programs take.
         tile_local: Positions of a tile in which what is wide between two products (an MLP) is computed, and computed again in
             backward; `None`: it is computed at once and kept.
@@ -90,6 +93,8 @@ class Compiler:
     inspect: Callable[[Captured], None] | None = None
     own: set[int] = field(default_factory=set)
     memory: MemoryOptions | None = None
+    saved: SavedPlan | None = None
+    compared: set[str] = field(default_factory=set)
     meter: LiveBytes | None = None
     tile_local: int | None = None
 
@@ -130,7 +135,7 @@ class LoweredStep:
         self._plans: dict[Any, Plan] = {}
         self._programs: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
         self._where = _find_symbols(captured)
-        self._tiled = False
+        self.is_tiled = False
 
     def tile(self, tile_rows: int) -> bool:
         """Compute what is wide between two products in tiles from now on, and again in backward.
@@ -141,10 +146,10 @@ class LoweredStep:
         Returns:
             Whether there is anything of the kind that is not in tiles yet.
         """
-        if self._tiled:
+        if self.is_tiled:
             return False
         self._plans.clear()
-        self._tiled = True
+        self.is_tiled = True
         found = [tile(self.captured, rules.find, one, tile_rows) for one in local_regions(self.captured, rules.find)]
         return any(found)
 
@@ -230,6 +235,9 @@ class LoweredStep:
     def _compile(self, sizes: dict[sympy.Symbol, int], inputs: Sequence[Any]) -> Callable[..., Any]:
         compiler, start = self.compiler, time.perf_counter()
         before = compiler.memory.decisions.get(compiler.kind) if compiler.memory is not None else None
+        saved = compiler.saved if before is None and compiler.saved and compiler.saved.step == compiler.kind else None
+        if saved is not None:
+            before = saved.decision
         if before is not None and before.tiled:
             self.tile(TILE_ROWS)
         while True:
@@ -238,8 +246,10 @@ class LoweredStep:
             if compiler.strict:
                 entry.refuse_fallbacks()
             tensors = self._tensors(program.inputs, inputs)
+            if saved is not None and not self._is_planned(saved, program, tensors, sizes):
+                saved, before = None, None
             try:
-                run = self._compile_program(program, tensors, entry)
+                run = self._compile_program(program, tensors, entry, before)
                 break
             except DoesNotFitError:
                 self.tile(TILE_ROWS)
@@ -257,7 +267,30 @@ class LoweredStep:
 
         return call
 
-    def _compile_program(self, program: Program, tensors: Sequence[Tensor], entry: StepReport) -> Callable[..., Any]:
+    def facts(self, program: Program, inputs: Sequence[Tensor], sizes: Mapping[sympy.Symbol, int]) -> ProgramFacts:
+        """Return what tells a program from others."""
+        length = max((size for symbol, size in sizes.items() if symbol in self.captured.symbols), default=0)
+        return ProgramFacts.of(program.module.graph, inputs, length)
+
+    def _is_planned(self, saved: SavedPlan, program: Program, inputs: Sequence[Tensor], sizes: Mapping[sympy.Symbol, int]) -> bool:
+        """Return, on all ranks alike, whether this is the program that was planned: of uneven parts, the first rank's is.
+
+        Raises:
+            SavedPlanError: If it is not, and is the first of the step.
+        """
+        found = "the step is cut in pieces here, as the report says"
+        if not self.compiler.pieces:
+            found = saved.program.differences(self.facts(program, inputs, sizes))
+        assert self.compiler.memory is not None
+        found = self.compiler.memory.agree(found)
+        if not self.compiler.compared:
+            saved.refuse(found)
+        self.compiler.compared.add(saved.step)
+        return not found
+
+    def _compile_program(
+        self, program: Program, tensors: Sequence[Tensor], entry: StepReport, decided: Decision | None
+    ) -> Callable[..., Any]:
         compiler = self.compiler
         if compiler.memory is None:
             return compiler.compile(program.module, tensors, entry.count_collectives)
@@ -265,8 +298,8 @@ class LoweredStep:
             compiler.memory,
             tensors,
             [i for i, value in enumerate(tensors) if self._is_parameter(program, i, value)],
-            compiler.memory.decisions.get(compiler.kind),
-            may_retry=not self._tiled and compiler.memory.policy == "auto" and compiler.kind not in compiler.memory.decisions,
+            decided,
+            may_retry=not self.is_tiled and compiler.memory.policy == "auto" and decided is None,
             length=entry.length,
         )
 
@@ -276,7 +309,7 @@ class LoweredStep:
 
         run = compiler.compile(program.module, tensors, on_graph, partition)
         if compiler.memory.one_decision and partition.decided is not None:
-            compiler.memory.decisions.setdefault(compiler.kind, partition.decided._replace(tiled=self._tiled))
+            compiler.memory.decisions.setdefault(compiler.kind, partition.decided._replace(tiled=self.is_tiled))
         entry.memory = partition.estimate
         return run
 

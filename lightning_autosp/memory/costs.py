@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from lightning_autosp.attention.tiles import attends, description, rehearse
+from lightning_autosp.attention.tiles import description, program_of, rehearse
 from lightning_autosp.memory.meter import LiveBytes
 
 __all__ = ["Cost", "Roofline", "attention_operators", "cost", "is_attention", "is_collective", "is_view", "workspace_bytes"]
@@ -74,7 +74,7 @@ def is_attention(node: fx.Node) -> bool:
     """Whether the operator is attention's forward: a kernel, or rows computed in tiles."""
     if node.target in attention_operators:
         return True
-    return node.target is torch.ops.autosp.tiles.default and attends(node.args[1])  # type: ignore[arg-type]
+    return node.target is torch.ops.autosp.tiles.default and program_of(node.args[1]).attends  # type: ignore[arg-type]
 
 
 def is_collective(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,11 +25,15 @@ from lightning_autosp.memory.estimate import (
 from lightning_autosp.memory.joint import Joint, unit
 from lightning_autosp.memory.policy import CheckpointPolicy, Choice, Recomputation, choose, keep_for
 
-__all__ = ["Agreed", "Decision", "DoesNotFitError", "MemoryOptions", "Partitioner"]
+__all__ = ["Agreed", "Decision", "DoesNotFitError", "MemoryOptions", "Partitioner", "SavedPlanError"]
 
 
 class DoesNotFitError(RuntimeError):
     """A program does not fit its limit; raised before it is compiled, where there is another way to compile it."""
+
+
+class SavedPlanError(ValueError):
+    """A file holds no plan, or the plan of another step than the one that runs."""
 
 
 class Decision(NamedTuple):
@@ -39,12 +44,18 @@ class Decision(NamedTuple):
     patience: int
     fits: bool
     tiled: bool = False
+    places: tuple[int, ...] = ()
+    """Of a mixture: the operators' numbers among those of the first rank's forward, which hold in other processes too."""
+    operators: str = ""
+    """A digest of that forward."""
+    refused: str = ""
+    """Why what was decided in another process cannot be done in this one."""
 
 
 Agreed = tuple[Decision, MemoryEstimate]
 
 
-def _own(found: Agreed) -> Agreed:
+def _own(found: Any) -> Any:
     return found
 
 
@@ -74,7 +85,7 @@ class MemoryOptions:
     overhead: int = 0
     states: Callable[[], States] = States
     fused: bool = False
-    agree: Callable[[Agreed], Agreed] = _own
+    agree: Callable[[Any], Any] = _own
     one_decision: bool = False
     decisions: dict[str, Decision] = field(default_factory=dict)
 
@@ -156,13 +167,21 @@ class Partitioner:
         chosen = self.options
         limit = None if chosen.limit is None else chosen.limit - self.states.total - chosen.overhead
         if self.decided is not None:
+            if self.decided.places and not self.decided.kept:
+                self.decided = chosen.agree(_named(joint, self.decided))
+            if self.decided.refused:
+                raise SavedPlanError(self.decided.refused)
             choice = self._follow(joint, self.decided, limit, default)
             self.estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
             return choice
         choice = choose(joint, chosen.policy, chosen.roofline, limit, default, mixtures=not chosen.one_decision)
         estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
-        kept = tuple(key for node, key in _keys(joint).items() if node in choice.kept) if choice.policy == "mixture" else ()
-        own = Decision(choice.policy, kept, choice.patience, choice.fits)
+        own = Decision(choice.policy, (), choice.patience, choice.fits)
+        if choice.policy == "mixture":
+            keys = _keys(joint)
+            kept = tuple(key for node, key in keys.items() if node in choice.kept)
+            places = tuple(place for place, node in enumerate(keys) if node in choice.kept)
+            own = own._replace(kept=kept, places=places, operators=_digest(joint))
         self.decided, self.estimate = chosen.agree((own, estimate))
         return choice if self.decided == own else self._follow(joint, self.decided, limit, default)
 
@@ -220,6 +239,21 @@ def _keys(joint: Joint) -> dict[fx.Node, str]:
             counts[kind] += 1
             keys[node] = f"{kind[0]} {kind[1]} {counts[kind]}"
     return keys
+
+
+def _digest(joint: Joint) -> str:
+    return hashlib.sha256(" ".join(str(node.target) for node in _keys(joint)).encode()).hexdigest()
+
+
+def _named(joint: Joint, decision: Decision) -> Decision:
+    """Return a decision from another process with the operators it keeps named as this process's ranks name them."""
+    if _digest(joint) != decision.operators:
+        return decision._replace(
+            refused="The plan keeps single operators of forward, and for this device or compile_backend forward has others. "
+            "Plan with the compile_backend that trains, or use checkpoint_policy='auto'."
+        )
+    keys = list(_keys(joint).values())
+    return decision._replace(kept=tuple(keys[place] for place in decision.places))
 
 
 def reorder(module: fx.GraphModule, order: Sequence[fx.Node]) -> fx.GraphModule:
