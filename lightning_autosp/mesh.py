@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_autosp.collectives import Group
+from lightning_autosp.data.sources import Groups
 
 __all__ = ["DATA_AXIS", "SEQUENCE_AXIS", "ParallelMesh", "resolve_sizes"]
 
@@ -82,3 +84,18 @@ class ParallelMesh:
     def all_ranks(self) -> Group:
         """Return all ranks, data times sequence, as graphs see them."""
         return Group.of(self.flat.get_group())
+
+    @functools.cached_property
+    def host(self) -> Groups:
+        """Return groups for values in host memory. Every rank has to be the first time at the same place."""
+        sequence, data = self.sequence_group, self.data_group
+        if "gloo" not in dist.get_backend(sequence):
+            ranks = self.mesh.mesh
+            rank = dist.get_rank()
+            for one in ranks.tolist():
+                made = dist.new_group(one, backend="gloo")
+                sequence = made if rank in one else sequence
+            for one in ranks.T.tolist():
+                made = dist.new_group(one, backend="gloo")
+                data = made if rank in one else data
+        return Groups(sequence, data, self.data_size * self.sequence_size)

@@ -55,6 +55,7 @@ from lightning_autosp.compiler.backend import resolve_backend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum
+from lightning_autosp.data.sources import SOURCES, BatchSource, choose_source, share
 from lightning_autosp.memory.devices import device_kind, device_of, limit_bytes
 from lightning_autosp.memory.estimate import States, optimizer_memory
 from lightning_autosp.memory.partition import MemoryOptions
@@ -103,6 +104,7 @@ class AutoSPStrategy(ParallelStrategy):
         parameter_sharding: ParameterSharding = "auto",
         attention: AttentionMethod = "auto",
         sequence_dim: int = 1,
+        batch_source: BatchSource = "auto",
         compile_backend: Backend = "auto",
         checkpoint_policy: CheckpointPolicy = "auto",
         memory_limit: int | float | str = "auto",
@@ -124,6 +126,10 @@ class AutoSPStrategy(ParallelStrategy):
             attention: How attention sees the whole sequence. "auto" and "ulysses": ranks exchange their part of the sequence for a
                 part of the heads and back.
             sequence_dim: The dimension of batch tensors that holds the sequence.
+            batch_source: Who loads in a group of ranks that share sequences. "replicated": every rank loads the same batch; the
+                first one of each stage is compared. "broadcast": the first rank loads, and sends. "exchange": every rank loads
+                batches of its own, which the group works through in turn. "auto": "replicated" where the sampler is known to draw
+                the same on every rank, "exchange" where it deals to all ranks, else "broadcast"; which is said (`data.sources`).
             compile_backend: "inductor", or "aot_eager" to run compiled graphs operator by operator. "auto": Inductor on CUDA.
             checkpoint_policy: Which values are kept for backward, and which are computed again (`memory.policy`). "none": what
                 PyTorch's partitioner keeps. "attention": attention's results, what collectives brought, and what enters each
@@ -150,6 +156,7 @@ class AutoSPStrategy(ParallelStrategy):
         _require_size("data_parallel_size", data_parallel_size)
         _require_choice("parameter_sharding", parameter_sharding, ParameterSharding)
         _require_choice("attention", attention, AttentionMethod)
+        _require_choice("batch_source", batch_source, BatchSource)
         _require_choice("compile_backend", compile_backend, Backend)
         _require_choice("checkpoint_policy", checkpoint_policy, CheckpointPolicy)
         if memory_limit != "auto":
@@ -167,6 +174,7 @@ class AutoSPStrategy(ParallelStrategy):
         self._parameter_sharding = parameter_sharding
         self._attention = attention
         self._sequence_dim = sequence_dim
+        self._batch_source: BatchSource = batch_source
         self._compile_backend = compile_backend
         self._checkpoint_policy = checkpoint_policy
         self._memory_limit = memory_limit
@@ -537,10 +545,24 @@ class AutoSPStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
+        groups = self._meshes.host
+        source, reason = choose_source(dataloader, self._batch_source, groups)
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", False) is None:
-            # Lightning would seed by global rank, and the ranks of a sequence group would augment differently.
-            dataloader.worker_init_fn = functools.partial(pl_worker_init_function, rank=self.data_parallel_rank)
-        return dataloader
+            # Lightning would seed by global rank, and ranks that load the same samples would augment them differently.
+            rank = self.global_rank if source == "exchange" else self.data_parallel_rank
+            dataloader.worker_init_fn = functools.partial(pl_worker_init_function, rank=rank)
+        if groups.size > 1:
+            self._say(f"{self._stage()}batches are {SOURCES[source]}: {reason}")
+        return share(dataloader, source, groups, self._say)
+
+    def _stage(self) -> str:
+        stage = self.lightning_module.trainer.state.stage if self.lightning_module is not None else None
+        return f"{stage.dataloader_prefix} " if stage is not None else ""
+
+    def _say(self, note: str) -> None:
+        if note not in self.report.notes:
+            self.report.notes.append(note)
+            rank_zero_info(f"lightning-autosp: {note}")
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:

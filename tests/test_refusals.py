@@ -33,6 +33,7 @@ pytestmark = pytest.mark.dist
         ("attention", "flash"),
         ("sequence_dim", -1),
         ("sequence_dim", "1"),
+        ("batch_source", "first"),
         ("compile_backend", "eager"),
         ("state_dict_type", "dcp"),
         ("start_method", "thread"),

@@ -65,6 +65,7 @@ def agree(error: str | None, total: int, data_rank: int) -> str | None:
             return (
                 f"the ranks of sequence group {group} loaded different batches (checksums {shown}). They have to load the same "
                 f"samples: let Lightning inject its sampler, or shard custom samplers and IterableDatasets by "
-                f"trainer.strategy.data_parallel_rank of trainer.strategy.data_parallel_size, with random transforms seeded by it."
+                f"trainer.strategy.data_parallel_rank of trainer.strategy.data_parallel_size, with random transforms seeded by it; "
+                f"or use batch_source='broadcast', or 'exchange' if every rank is to load samples of its own."
             )
     return None
