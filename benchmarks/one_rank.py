@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_autosp.compiler.backend import CompileBackend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.memory.devices import device_of
@@ -47,12 +48,14 @@ class Measured:
         estimate: What was predicted.
         saved: Bytes alive between forward and backward, without parameters and inputs.
         peak: Most bytes alive at once, likewise.
+        host: Most bytes of copies on the host at once, which `saved` and `peak` do not count.
         loss: What the step returned.
     """
 
     estimate: MemoryEstimate
     saved: int
     peak: int
+    host: int
     loss: Tensor
 
     @property
@@ -63,7 +66,14 @@ class Measured:
 
 
 def measure_step(
-    module: LightningModule, batch: Any, mesh: ParallelMesh, policy: str, limit: int | None = None, sequence_dim: int = 1
+    module: LightningModule,
+    batch: Any,
+    mesh: ParallelMesh,
+    policy: str,
+    limit: int | None = None,
+    sequence_dim: int = 1,
+    host_limit: int | None = None,
+    backend: CompileBackend = "aot_eager",
 ) -> Measured:
     """Run one training step of the first rank, forward and backward, and count.
 
@@ -74,6 +84,8 @@ def measure_step(
         policy: A checkpoint policy.
         limit: Bytes that the step may take besides parameters, optimizer and inputs.
         sequence_dim: The dimension of batch tensors that is the sequence.
+        host_limit: Bytes that the step may keep on the host; `None`: any, for "offload", else none.
+        backend: With "inductor" nothing is counted.
     """
     torch._dynamo.reset()
     device = device_of(torch.device("cpu"))
@@ -89,12 +101,13 @@ def measure_step(
         False,
         device.roofline,
         0,
+        (None if policy == "offload" else 0) if host_limit is None else host_limit,
         States,
     )
     compiler = Compiler(
         mesh=mesh.mesh[SEQUENCE_AXIS],
         group=mesh.sequence(),
-        backend="aot_eager",
+        backend=backend,
         report=report,
         kind="",
         memory=options,
@@ -108,4 +121,4 @@ def measure_step(
     loss.backward()
     estimate = report.steps[-1].memory
     assert estimate is not None
-    return Measured(estimate, saved, meter.peak, loss.detach())
+    return Measured(estimate, saved, meter.peak, meter.host_peak, loss.detach())

@@ -94,6 +94,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--world", type=int, required=True, metavar="P", help="ranks that share each sequence")
     parser.add_argument("--device", metavar="KIND", help=f"one of {', '.join(DEVICES)} (default: h100)")
     parser.add_argument("--device-memory", metavar="BYTES", help="what a rank may take, as 80GiB (default: the device's)")
+    parser.add_argument("--host-memory", metavar="BYTES", help="what a rank may keep on its host, as 96GiB (default: nothing)")
     parser.add_argument("--length", type=int, metavar="N", help="positions of the longest sequence (default: the batch's)")
     parser.add_argument("--max-length", dest="longest", action="store_true", help="also find the longest sequence that fits")
     parser.add_argument("--precision", help="the Trainer's: 32-true, bf16-true, bf16-mixed, ... (default: the configuration's)")

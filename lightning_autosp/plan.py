@@ -58,6 +58,7 @@ class Plan:
         estimates: By checkpoint policy.
         limit: Bytes a rank may take.
         saved: By checkpoint policy, what can be given to training.
+        host_limit: Bytes a rank may keep on its host.
     """
 
     length: int
@@ -65,6 +66,7 @@ class Plan:
     estimates: dict[str, MemoryEstimate]
     limit: int
     saved: dict[str, SavedPlan] = field(default_factory=dict)
+    host_limit: int = 0
 
     @property
     def best(self) -> tuple[str, MemoryEstimate]:
@@ -72,7 +74,7 @@ class Plan:
         fitting = {name: one for name, one in self.estimates.items() if one.fits}
         if fitting:
             return min(fitting.items(), key=lambda pair: (pair[1].seconds_again, pair[1].peak))
-        return min(self.estimates.items(), key=lambda pair: pair[1].peak)
+        return min(self.estimates.items(), key=lambda pair: (not pair[1].fits_host, pair[1].peak))
 
     def save(self, path: str | Path) -> None:
         """Write what was found, for `AutoSPStrategy(plan=path)`.
@@ -95,6 +97,7 @@ class Plan:
             "peak_bytes": best.peak,
             "host_bytes": best.host,
             "limit_bytes": self.limit,
+            "host_limit_bytes": self.host_limit,
             "categories": best.categories,
             "step_seconds": best.step_seconds,
             "policies": {name: one.to_dict() for name, one in self.estimates.items()},
@@ -102,7 +105,8 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.length} positions on {self.world} rank(s), {format_bytes(self.limit)} each"]
+        host = f" and {format_bytes(self.host_limit)} of the host" if self.host_limit else ""
+        lines = [f"{self.length} positions on {self.world} rank(s), {format_bytes(self.limit)}{host} each"]
         head = f"{'policy':<11}{'peak':>12}{'fits':>6}{'kept':>12}{'host':>12}{'again':>8}{'step':>10}  where"
         lines.append(head)
         for name, one in self.estimates.items():
@@ -203,6 +207,7 @@ class Planner:
         world: int,
         device: DeviceKind,
         limit: int | None = None,
+        host_limit: int = 0,
         step: str = "training_step",
         sequence_dim: int = 1,
         precision: str | None = None,
@@ -218,6 +223,7 @@ class Planner:
             world: Ranks that share each sequence.
             device: What each rank has.
             limit: Bytes a rank may take. Default: the device's memory.
+            host_limit: Bytes a rank may keep on its host.
             step: The method to plan.
             sequence_dim: The dimension of batch tensors that is the sequence.
             precision: The Trainer's: "32-true", "bf16-true", "16-true", "bf16-mixed" or "16-mixed". `None`: parameters as they are.
@@ -230,6 +236,7 @@ class Planner:
         """
         self.module, self.world, self.device = module, world, device
         self.limit = device.memory if limit is None else limit
+        self.host_limit = host_limit
         self.group = Group("planned", world, 0)
         dtype, self._autocast = _precision(precision)
         self.parameters = _PlannedParameters(module, self.group, sharded=sharded and world > 1, dtype=dtype)
@@ -291,12 +298,13 @@ class Planner:
         plan = self.at(self.length if length is None else length)
         return plan if plan.best[1].fits or not self.tile() else self.at(plan.length)
 
-    def at(self, length: int, policies: Sequence[CheckpointPolicy] = POLICIES) -> Plan:
+    def at(self, length: int, policies: Sequence[CheckpointPolicy] = POLICIES, *, mixtures: bool = True) -> Plan:
         """Return the plan for sequences of that length.
 
         Args:
             length: Positions of the longest sequence; others keep their ratio to it.
             policies: Which to estimate.
+            mixtures: Whether "auto" may find something between the others, which takes a while.
 
         Raises:
             PlanError: If the module works with the batch's length only.
@@ -331,7 +339,9 @@ class Planner:
             states = replace(held, inputs=batch)
 
             def divide(gm: fx.GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
-                for name, (decision, estimate) in self._decide(gm, joint_inputs, states, parameters, policies, options).items():
+                for name, (decision, estimate) in self._decide(
+                    gm, joint_inputs, states, parameters, policies, mixtures, options
+                ).items():
                     decisions[name], estimates[name] = decision, estimate
                 raise _Divided
 
@@ -352,15 +362,16 @@ class Planner:
         with self._computing():
             facts = self.lowered.facts(program, inputs, sizes)
         saved = {name: self._saved(facts, decision) for name, decision in decisions.items()}
-        return Plan(length, self.world, estimates, self.limit, saved)
+        return Plan(length, self.world, estimates, self.limit, saved, self.host_limit)
 
     def _saved(self, facts: ProgramFacts, decision: Decision) -> SavedPlan:
         name = type(self.module).__name__
-        decision = decision._replace(tiled=self.lowered.is_tiled, kept=())
+        decision = decision._replace(tiled=self.lowered.is_tiled, kept=(), offloaded=())
         return SavedPlan(name, self._step, torch_release(), self.world, self.parameters.sharded, facts, decision)
 
     def _options(self, policy: CheckpointPolicy) -> MemoryOptions:
-        return MemoryOptions(policy, self.limit, False, self.device.roofline, self.device.overhead, fused=self._fused)
+        overhead = self.device.overhead
+        return MemoryOptions(policy, self.limit, False, self.device.roofline, overhead, self.host_limit, fused=self._fused)
 
     def _decide(
         self,
@@ -369,13 +380,14 @@ class Planner:
         states: States,
         parameters: Sequence[int],
         policies: Sequence[CheckpointPolicy],
+        mixtures: bool,
         options: Mapping[str, Any],
     ) -> dict[str, Agreed]:
         joint = Partitioner.read(gm, options["num_fwd_outputs"], parameters, fused=self._fused)
         default = None
         found: dict[str, Agreed] = {}
         for policy in policies:
-            partitioner = Partitioner(self._options(policy), states, parameters)
+            partitioner = Partitioner(replace(self._options(policy), one_decision=not mixtures), states, parameters)
             if default is None and policy in ("none", "auto"):
                 default = partitioner.default(gm, joint, joint_inputs, **options)
             partitioner.decide(joint, default or set())
@@ -395,23 +407,24 @@ class Planner:
             symbol: max(1, round(size * length / self.length)) if symbol in symbols else size for symbol, size in self.sizes.items()
         }
 
-    def longest(self, policies: Sequence[CheckpointPolicy] = ("full",), *, granularity: float = 0.01) -> tuple[Plan, Plan | None]:
+    def longest(self, policies: Sequence[CheckpointPolicy] | None = None, *, granularity: float = 0.01) -> tuple[Plan, Plan | None]:
         """Return the plan of the longest sequence that fits, and that of the shortest tried that does not.
 
         Args:
-            policies: Which may be used.
+            policies: Which may be used. Default: what takes least: "full", with a host "auto".
             granularity: How close the two lengths have to be, relatively.
 
         Raises:
             PlanError: If not even one position on each rank fits.
         """
+        policies = policies or (("auto",) if self.host_limit else ("full",))
         multiple = self.world * 128
         fits: Plan | None = None
         fails: Plan | None = None
         length = multiple * 8
         for _ in range(12):
-            plan = self.at(length, policies)
-            peak = plan.best[1].peak
+            plan = self.at(length, policies, mixtures=False)
+            best = plan.best[1]
             if plan.best[1].fits:
                 fits = plan if fits is None or plan.length > fits.length else fits
             else:
@@ -420,7 +433,8 @@ class Planner:
             if fits is not None and fails is not None and (high - low <= max(multiple, granularity * low)):
                 break
             held = self.states.total + self.device.overhead
-            guess = length * max(0.1, (self.limit - held) / max(1, peak - held))  # memory grows with the length
+            # Memory grows with the length, on the device and the host.
+            guess = length * max(0.1, (self.limit - held + self.host_limit) / max(1, best.peak - held + best.host))
             if not low < guess < high:
                 guess = (low + high) / 2 if math.isfinite(high) else low * 2
             length = max(multiple, round(guess / multiple) * multiple)
@@ -473,6 +487,7 @@ def plan_target(
     world: int,
     device: str | None = None,
     device_memory: str | None = None,
+    host_memory: str | None = None,
     length: int | None = None,
     longest: bool = False,
     batch: str | None = None,
@@ -490,6 +505,7 @@ def plan_target(
         world: Ranks that share each sequence.
         device: A device kind: see `memory.devices.DEVICES`. Default: "h100".
         device_memory: Bytes a rank may take, as "80GiB". Default: the device's.
+        host_memory: Bytes a rank may keep on its host, as "96GiB". Default: none.
         length: Positions to plan. Default: the batch's own.
         longest: Also find the longest sequence that fits.
         batch: Where a batch is from.
@@ -521,6 +537,7 @@ def plan_target(
         world=world,
         device=kind,
         limit=limit,
+        host_limit=0 if host_memory is None else parse_bytes(host_memory, "--host-memory"),
         step=step,
         sequence_dim=options["sequence_dim"],
         precision=precision or options["precision"],

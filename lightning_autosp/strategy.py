@@ -56,8 +56,9 @@ from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum
 from lightning_autosp.data.sources import SOURCES, BatchSource, choose_source, share
-from lightning_autosp.memory.devices import device_kind, device_of, limit_bytes
+from lightning_autosp.memory.devices import device_kind, device_of, free_host_memory, limit_bytes
 from lightning_autosp.memory.estimate import States, optimizer_memory
+from lightning_autosp.memory.host import require_pinning
 from lightning_autosp.memory.partition import MemoryOptions
 from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh, resolve_sizes
@@ -77,6 +78,9 @@ StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 PEAKS = 2
 """Steps whose memory is measured on CUDA: the first compiles, the second is like those that follow."""
+
+FREE_HOST_MEMORY = 0.75
+"""How much of a rank's share of the host's free memory is pinned by default: the rest is for workers that load data, and files."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -108,6 +112,7 @@ class AutoSPStrategy(ParallelStrategy):
         compile_backend: Backend = "auto",
         checkpoint_policy: CheckpointPolicy = "auto",
         memory_limit: int | float | str = "auto",
+        host_memory_limit: int | float | str = "auto",
         plan: str | Path | None = None,
         strict: bool = False,
         state_dict_type: StateDictType = "full",
@@ -133,9 +138,12 @@ class AutoSPStrategy(ParallelStrategy):
             compile_backend: "inductor", or "aot_eager" to run compiled graphs operator by operator. "auto": Inductor on CUDA.
             checkpoint_policy: Which values are kept for backward, and which are computed again (`memory.policy`). "none": what
                 PyTorch's partitioner keeps. "attention": attention's results, what collectives brought, and what enters each
-                layer. "full": what enters each layer alone. "auto": the least computing again that fits `memory_limit`.
+                layer. "full": what enters each layer alone. "offload": that, on the host. "auto": the least computing again and
+                waiting for the host that fits `memory_limit`; on the CPU, whose memory is the host's, nothing is moved there.
             memory_limit: What a rank may take: bytes, text as "80GiB", or a fraction of the device's memory. A step that is
                 predicted to take more is refused before it runs. "auto": what the device has free; then it is only reported.
+            host_memory_limit: What a rank may keep on the host between forward and backward, in pinned memory: bytes, text as
+                "96GiB", or a fraction of its share of what is free there. "auto": three quarters of that share.
             plan: A file that `python -m lightning_autosp plan --save` or `Plan.save` wrote: training does what it says, instead of
                 choosing by itself, for the sequences it was made for, and refuses it, before the first step runs, if the module,
                 the ranks or the batch are others. Batches that come later with other sizes are planned as without.
@@ -161,6 +169,8 @@ class AutoSPStrategy(ParallelStrategy):
         _require_choice("checkpoint_policy", checkpoint_policy, CheckpointPolicy)
         if memory_limit != "auto":
             limit_bytes(memory_limit, 1)
+        if host_memory_limit != "auto":
+            limit_bytes(host_memory_limit, 1, "host_memory_limit")
         if plan is not None and checkpoint_policy != "auto":
             raise ValueError(
                 f"plan={str(plan)!r} and checkpoint_policy={checkpoint_policy!r} both say what is kept for backward. "
@@ -178,6 +188,7 @@ class AutoSPStrategy(ParallelStrategy):
         self._compile_backend = compile_backend
         self._checkpoint_policy = checkpoint_policy
         self._memory_limit = memory_limit
+        self._host_memory_limit = host_memory_limit
         self._saved = None if plan is None else SavedPlan.load(plan)
         self._strict = strict
         self._state_dict_type = state_dict_type
@@ -249,8 +260,8 @@ class AutoSPStrategy(ParallelStrategy):
     ) -> Plan:
         """Predict what a module's step takes on ranks that are not there, in this process, without allocating anything.
 
-        `AutoSPStrategy.plan(module, batch, world=8)` does it with default options; an instance's `memory_limit`, `sequence_dim`,
-        `parameter_sharding` and `compile_backend` hold.
+        `AutoSPStrategy.plan(module, batch, world=8)` does it with default options; an instance's `memory_limit`,
+        `host_memory_limit` in bytes, `sequence_dim`, `parameter_sharding` and `compile_backend` hold.
 
         Args:
             module: A LightningModule; its parameters may be on the meta device. It stays as it is.
@@ -272,6 +283,7 @@ class AutoSPStrategy(ParallelStrategy):
             world=world,
             device=kind,
             limit=None if self._memory_limit == "auto" else limit_bytes(self._memory_limit, kind.memory),
+            host_limit=self._planned_host_limit(),
             step=step,
             sequence_dim=self._sequence_dim,
             precision=precision,
@@ -279,6 +291,11 @@ class AutoSPStrategy(ParallelStrategy):
             backend="aot_eager" if self._compile_backend == "aot_eager" else "inductor",
         )
         return planner.fitting(length)
+
+    def _planned_host_limit(self) -> int:
+        """Return what a planned rank may keep on its host, of which nothing is known."""
+        limit = self._host_memory_limit
+        return 0 if limit == "auto" or isinstance(limit, float) else limit_bytes(limit, 1, "host_memory_limit")
 
     # Processes and ranks.
 
@@ -447,21 +464,34 @@ class AutoSPStrategy(ParallelStrategy):
         elif self.root_device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.root_device)
             limit = free + torch.cuda.memory_reserved(self.root_device)
+        host_limit = self._host_limit()
         if self.world_size > 1:  # what is chosen shapes the graphs, whose collectives all ranks have to meet in
-            smallest = torch.tensor(limit, device=self.root_device)
+            smallest = torch.tensor([limit, host_limit], device=self.root_device)
             dist.all_reduce(smallest, dist.ReduceOp.MIN)
-            limit = int(smallest)
+            limit, host_limit = smallest.tolist()
         return MemoryOptions(
             policy=self._checkpoint_policy,
             limit=limit,
             refuse=self._memory_limit != "auto",
             roofline=device.roofline,
             overhead=device.overhead,
+            host_limit=host_limit,
             states=self._states_held,
             fused=resolve_backend(self._compile_backend, self.root_device) == "inductor",
             agree=self._agree_on_memory,
             one_decision=self.data_parallel_size > 1,
         )
+
+    def _host_limit(self) -> int:
+        """Return the bytes this rank may keep on the host: of what is free there, other processes may want some, too."""
+        if self._checkpoint_policy == "offload" or (self._saved is not None and self._saved.decision.moved):
+            require_pinning(self.root_device)
+        elif self._checkpoint_policy != "auto" or self.root_device.type != "cuda":
+            return 0
+        share = free_host_memory() // self.num_processes
+        if self._host_memory_limit == "auto":
+            return int(share * FREE_HOST_MEMORY)
+        return limit_bytes(self._host_memory_limit, share, "host_memory_limit")
 
     def _agree_on_memory(self, own: T) -> T:
         """Return what the first rank decided: of the sequence group, or of all where other groups may have other lengths."""

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 import lightning_autosp  # noqa: F401 -- registers the strategy names
 from lightning_autosp import AutoSPStrategy
 from lightning_autosp.attention import tiles
+from lightning_autosp.memory import offload
 
 QUIET = {
     "accelerator": "cpu",
@@ -63,10 +64,12 @@ def fit(
     resume: str | None = None,
     module_options: dict[str, Any] | None = None,
     tile_elements: int = tiles.TILE_ELEMENTS,
+    smallest_moved: int = offload.SMALLEST,
     **trainer_options: Any,
 ) -> dict[str, Any]:
     """Fit on this rank and return the curve, logged values, first gradients, final weights and the report."""
     tiles.TILE_ELEMENTS = tile_elements
+    offload.SMALLEST = smallest_moved
     recorder = Recorder()
     trainer = Trainer(
         **{**QUIET, "max_epochs": 1, **trainer_options},

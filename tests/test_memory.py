@@ -19,7 +19,7 @@ from lightning_autosp.memory.estimate import MemoryLimitError, optimizer_memory
 from lightning_autosp.memory.joint import Joint
 from lightning_autosp.memory.meter import LiveBytes
 from lightning_autosp.memory.partition import MemoryOptions, Partitioner
-from lightning_autosp.memory.policy import Recomputation, candidates, choose, evaluate, keep_for
+from lightning_autosp.memory.policy import Limits, Recomputation, candidates, choose, evaluate, keep_for
 from lightning_autosp.plan import PlanError, Planner, plan_target
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -126,8 +126,9 @@ def joint_of(module: nn.Module, *inputs: Tensor) -> tuple[Joint, set[Any]]:
     names = [name for name, _ in module.named_parameters()]
     count = len(names)
 
-    def functional(*values: Tensor) -> tuple[Tensor]:
-        return (torch.func.functional_call(module, dict(zip(names, values[:count], strict=True)), values[count:]),)
+    def functional(*values: Tensor) -> tuple[Tensor, ...]:
+        out = torch.func.functional_call(module, dict(zip(names, values[:count], strict=True)), values[count:])
+        return out if isinstance(out, tuple) else (out,)
 
     leaves = [parameter.detach().requires_grad_() for parameter in module.parameters()]
     traced = torch.fx.experimental.proxy_tensor.make_fx(functional, tracing_mode="real", pre_dispatch=True)(*leaves, *inputs)
@@ -148,14 +149,14 @@ def test_auto_is_as_good_as_every_choice(chain: tuple[Joint, set[Any]]) -> None:
     found = candidates(joint, again, base)
     assert 3 <= len(found) <= 10
     every = [
-        evaluate(joint, "", base | set(subset), again, None)
+        evaluate(joint, "", base | set(subset), again, Limits(None))
         for size in range(len(found) + 1)
         for subset in itertools.combinations(found, size)
     ]
-    named = [choose(joint, policy, ROOFLINE, None, default) for policy in ("none", "full", "attention")]
+    named = [choose(joint, policy, ROOFLINE, Limits(None), default) for policy in ("none", "full", "attention")]
     smallest = min(one.peak for one in every)
     for limit in (smallest, smallest + 4096, smallest + 12288, smallest + 2**20):
-        chosen = choose(joint, "auto", ROOFLINE, limit, default)
+        chosen = choose(joint, "auto", ROOFLINE, Limits(limit), default)
         assert chosen.fits
         assert chosen.peak <= limit
         assert chosen.seconds == pytest.approx(min(one.seconds for one in (*every, *named) if one.peak <= limit))
@@ -163,9 +164,11 @@ def test_auto_is_as_good_as_every_choice(chain: tuple[Joint, set[Any]]) -> None:
 
 def test_auto_says_that_nothing_fits(chain: tuple[Joint, set[Any]]) -> None:
     joint, default = chain
-    chosen = choose(joint, "auto", ROOFLINE, 1000, default)
+    chosen = choose(joint, "auto", ROOFLINE, Limits(1000), default)
     assert not chosen.fits
-    assert chosen.peak == min(choose(joint, policy, ROOFLINE, None, default).peak for policy in ("none", "full", "attention"))
+    assert chosen.peak == min(
+        choose(joint, policy, ROOFLINE, Limits(None), default).peak for policy in ("none", "full", "attention")
+    )
 
 
 def test_auto_spends_what_it_is_given() -> None:

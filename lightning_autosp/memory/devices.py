@@ -11,7 +11,7 @@ import torch
 
 from lightning_autosp.memory.costs import Roofline
 
-__all__ = ["DEVICES", "DeviceKind", "device_kind", "device_of", "format_bytes", "limit_bytes", "parse_bytes"]
+__all__ = ["DEVICES", "DeviceKind", "device_kind", "device_of", "format_bytes", "free_host_memory", "limit_bytes", "parse_bytes"]
 
 GB, GiB, TFLOPS = 10**9, 2**30, 10**12
 
@@ -84,6 +84,16 @@ def device_of(device: torch.device) -> DeviceKind:
 
 def _host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_host_memory() -> int:
+    """Return the bytes of host memory that no process holds, or, where the system does not say, all there are."""
+    try:
+        with open("/proc/meminfo") as file:
+            found = dict(line.split(":", 1) for line in file)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return _host_memory()
 
 
 _UNITS = {"": 1, "B": 1}

@@ -70,9 +70,10 @@ class MemoryEstimate:
         limit: Bytes a rank may take; `None` if any.
         flops: Of forward and backward, without what is computed again.
         flops_again: Of what is computed again.
-        seconds_again: What computing again costs on the stated roofline.
-        step_seconds: Of forward and backward on the same roofline, nothing overlapping.
+        seconds_again: What computing again, and waiting for copies to the host and back, costs on the stated roofline.
+        step_seconds: Of forward and backward on the same roofline, nothing overlapping but copies to the host and back.
         measured: Most bytes at once in a step that ran; 0 if not measured.
+        host_limit: Bytes a rank may keep on the host; `None` if any.
     """
 
     policy: str
@@ -88,11 +89,17 @@ class MemoryEstimate:
     seconds_again: float = 0.0
     step_seconds: float = 0.0
     measured: int = 0
+    host_limit: int | None = None
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether what is kept on the host is within its limit."""
+        return self.host_limit is None or self.host <= self.host_limit
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the limit."""
-        return self.limit is None or self.peak <= self.limit
+        """Whether both are within their limits."""
+        return (self.limit is None or self.peak <= self.limit) and self.fits_host
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -136,7 +143,7 @@ def estimate_training(
         flops=sum(joint.cost(node).flops for node in (*schedule.forward, *(n for n in schedule.backward if n in joint.backward))),
         flops_again=sum(joint.cost(node).flops for node in schedule.recomputed),
         seconds_again=choice.seconds,
-        step_seconds=sum(roofline.seconds(joint.cost(node)) for node in (*schedule.forward, *schedule.backward)),
+        step_seconds=schedule.stalled + sum(roofline.seconds(joint.cost(node)) for node in (*schedule.forward, *schedule.backward)),
     )
     total_grads = sum(size for key, size in grads.items() if key not in joint.resident)
     step = (

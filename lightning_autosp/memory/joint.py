@@ -12,7 +12,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_autosp.memory.costs import Cost, cost, is_attention, is_view, workspace_bytes
 
-__all__ = ["Joint", "Memory", "Peak", "Schedule"]
+__all__ = ["Joint", "Memory", "Operator", "Peak", "Schedule", "Transfer"]
 
 aten = torch.ops.aten
 
@@ -40,12 +40,38 @@ def storages(node: fx.Node) -> Storages:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """One step of moving a value to the host or back, among a schedule's operators.
+
+    Attributes:
+        value: What is moved.
+        step: The operator of `memory.host`.
+    """
+
+    value: fx.Node
+    step: Literal["offload", "offloaded", "fetch", "fetched"]
+
+    @property
+    def starts(self) -> bool:
+        """Whether a copy begins, or is waited for."""
+        return self.step in ("offload", "fetch")
+
+    @property
+    def all_input_nodes(self) -> list[fx.Node]:
+        return [] if self.step == "fetch" else [self.value]
+
+
+Operator = fx.Node | Transfer
+"""What a schedule consists of."""
+
+
+@dataclass(frozen=True)
 class Peak:
     """The most memory a graph takes at once.
 
     Attributes:
         bytes: Of all storages alive that are not resident, and the workspace of the operator that runs.
-        node: The operator at which it occurs; `None` for an empty graph.
+        node: The operator at which it occurs, for a copy the one whose value is copied; `None` for an empty graph.
         alive: The storages alive then, and their bytes.
         workspace: What the operator's kernel needs besides.
     """
@@ -62,12 +88,12 @@ class Memory:
     def __init__(self, nodes: Iterable[fx.Node], *, fused: bool = False) -> None:
         self.fused = fused
         """Whether values that are made and used between two operators that do not fuse take no memory."""
-        self.made: dict[fx.Node, Storages] = {}
-        """The storages of each node's value."""
-        self.used: dict[fx.Node, tuple[int, ...]] = {}
+        self.made: dict[Operator, Storages] = {}
+        """The storages of each node's value on the device."""
+        self.used: dict[Operator, tuple[int, ...]] = {}
         """Those of its inputs and its own."""
-        self.workspace: dict[fx.Node, int] = {}
-        self.items: dict[fx.Node, list[fx.Node]] = {}
+        self.workspace: dict[Operator, int] = {}
+        self.items: dict[Operator, list[fx.Node]] = {}
         same: dict[int, int] = {}
         for node in nodes:
             if node.target is torch.ops._c10d_functional.wait_tensor.default:
@@ -87,7 +113,7 @@ class Memory:
         return sum(size for key, size in self.made[node].items() if key not in given)
 
     def walk(
-        self, order: Sequence[fx.Node], inputs: Storages, outputs: set[int], resident: set[int], collect: bool = False
+        self, order: Sequence[Operator], inputs: Storages, outputs: set[int], resident: set[int], collect: bool = False
     ) -> Peak:
         """Run operators in thought, and count.
 
@@ -98,9 +124,15 @@ class Memory:
             resident: Storages that are not counted: parameters, inputs that the caller holds.
             collect: Whether to note what is alive at the peak.
         """
+        for node in order:
+            if isinstance(node, Transfer) and node not in self.made:
+                # What a copy on the host takes is not the device's; the one that comes back takes the value's place.
+                self.used[node] = tuple(self.made[node.value])
+                self.made[node] = self.made[node.value] if node.step == "fetch" else {}
+                self.workspace[node] = 0
         made, used = self._versions(order)
         last: dict[Any, int] = {}
-        held: list[tuple[int, fx.Node]] = []
+        held: list[tuple[int, Operator]] = []
         for position, node in enumerate(order):
             for key in used[position]:
                 last[key] = position
@@ -134,7 +166,8 @@ class Memory:
                     current += size
             extra = self.workspace[node]
             if current + extra > best or where is None:
-                best, where, space = max(best, current + extra), node, extra
+                best, space = max(best, current + extra), extra
+                where = node.value if isinstance(node, Transfer) else node
                 if collect:
                     at_peak = dict(alive)
             for key in free.get(position, ()):
@@ -145,12 +178,12 @@ class Memory:
             first[name] = first.get(name, 0) + size
         return Peak(best, where, first, space)
 
-    def _versions(self, order: Sequence[fx.Node]) -> tuple[list[dict[Any, int]], list[Sequence[Any]]]:
+    def _versions(self, order: Sequence[Operator]) -> tuple[list[dict[Any, int]], list[Sequence[Any]]]:
         """Return what each operator makes and uses. One that runs again makes storages of its own each time."""
         if len(set(order)) == len(order):
             return [self.made[node] for node in order], [self.used[node] for node in order]
-        held: dict[fx.Node, dict[int, Any]] = {}
-        runs: Counter[fx.Node] = Counter()
+        held: dict[Operator, dict[int, Any]] = {}
+        runs: Counter[Operator] = Counter()
         made: list[dict[Any, int]] = []
         used: list[Sequence[Any]] = []
         for node in order:
@@ -237,18 +270,19 @@ class Joint:
         """Whether the value depends on parameters and on data, and is no gradient."""
         return node not in self.backward and node not in self.of_parameters and node not in self.of_data
 
-    def cost(self, node: fx.Node) -> Cost:
-        """Return what running an operator costs."""
+    def cost(self, node: Operator) -> Cost:
+        """Return what running an operator costs; copies to the host and back run beside."""
+        if isinstance(node, Transfer):
+            return Cost()
         if node not in self._costs:
             self._costs[node] = cost(node)
         return self._costs[node]
 
-    def schedule(self, kept: set[fx.Node], offloaded: frozenset[fx.Node] = frozenset()) -> Schedule:
+    def schedule(self, kept: set[fx.Node]) -> Schedule:
         """Return what runs if the results of these operators are kept for backward, and everything else is computed again.
 
         Args:
             kept: Operators; for one with several results, the operator itself, not what takes a result out.
-            offloaded: Those among them that are kept on the host.
         """
         saved: dict[fx.Node, None] = {}
         order: list[fx.Node] = []
@@ -264,7 +298,7 @@ class Joint:
             order += self._pull(grad, kept, primals, done, saved)
         first = self._forward_with(saved)
         forward = [node for node in self.nodes if node in first and node.op != "placeholder"]
-        return Schedule(self, self._with_items(forward), self._with_items(order), list(saved), offloaded)
+        return Schedule(self, self._with_items(forward), self._with_items(order), list(saved))
 
     def _forward_with(self, saved: Iterable[fx.Node]) -> set[fx.Node]:
         extra = [node for node in saved if node not in self.forward]
@@ -325,14 +359,16 @@ class Schedule:
         forward: Operators.
         backward: Operators, those that are computed again among them.
         saved: Values that forward hands to backward, inputs included.
-        offloaded: Operators whose results lie on the host in between.
+        offloaded: Those values that lie on the host in between.
+        stalled: Seconds that operators wait for them, on the roofline.
     """
 
     joint: Joint
-    forward: list[fx.Node]
-    backward: list[fx.Node]
+    forward: Sequence[Operator]
+    backward: Sequence[Operator]
     saved: list[fx.Node]
     offloaded: frozenset[fx.Node] = field(default_factory=frozenset)
+    stalled: float = 0.0
 
     def refreshed(self, patience: int) -> Schedule:
         """Return the schedule in which cheap values do not wait for their next use, but are computed once more before it.
@@ -356,6 +392,7 @@ class Schedule:
                     order.append(source)
 
         for node in self.backward:
+            assert not isinstance(node, Transfer), "what lies on the host is decided of a schedule that is refreshed"
             if node not in fresh:
                 provide(node)
                 order.append(node)
@@ -407,15 +444,15 @@ class Schedule:
     def recomputed(self) -> list[fx.Node]:
         """Operators of forward that run again, as often as they do."""
         first = set(self.forward)
-        return [node for node in self.backward if node in first]
+        return [node for node in self.backward if isinstance(node, fx.Node) and node in first]
 
     def saved_storages(self) -> Storages:
         """Return what is kept on the device."""
-        return self._storages(node for node in self.saved if unit(node) not in self.offloaded)
+        return self._storages(node for node in self.saved if node not in self.offloaded)
 
     def host_storages(self) -> Storages:
         """Return what is kept on the host."""
-        return self._storages(node for node in self.saved if unit(node) in self.offloaded)
+        return self._storages(node for node in self.saved if node in self.offloaded)
 
     def _storages(self, nodes: Iterator[fx.Node]) -> Storages:
         made, resident = self.joint.memory.made, self.joint.resident
@@ -454,8 +491,10 @@ _REDUCTIONS = {
 }
 
 
-def fuses(node: fx.Node) -> bool:
+def fuses(node: Operator) -> bool:
     """Whether Inductor computes the operator in one kernel with its neighbours: elementwise ones, views, reductions of rows."""
+    if isinstance(node, Transfer):
+        return False
     if is_view(node) or node.target in _REDUCTIONS:
         return True
     target = node.target

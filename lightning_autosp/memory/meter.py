@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_autosp.attention.tiles import KERNELS
+from lightning_autosp.memory.host import offload
 
 __all__ = ["LiveBytes"]
 
@@ -24,6 +25,8 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         live: Bytes alive now.
         peak: The most there were at once since the mode was made or `reset`.
+        host_live: Bytes of copies on the host that are alive now, which `live` does not count.
+        host_peak: The most there were at once, likewise.
     """
 
     supports_higher_order_operators = True
@@ -35,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
             known: Tensors that are not to be counted: parameters, inputs.
         """
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.host_live = self.host_peak = 0
         self._seen: set[int] = set()
         for tensor in known:
             self._watch(tensor, counted=False)
@@ -47,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
 
     def reset(self) -> None:
         """Start over with what is alive."""
-        self.peak = self.live
+        self.peak, self.host_peak = self.live, self.host_live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kernel = KERNELS.get(func)
@@ -58,10 +61,10 @@ class LiveBytes(TorchDispatchMode):
                 out = kernel(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._watch(leaf, counted=True)
+                self._watch(leaf, counted=True, on_host=func is offload)
         return out
 
-    def _watch(self, tensor: Tensor, *, counted: bool) -> None:
+    def _watch(self, tensor: Tensor, *, counted: bool, on_host: bool = False) -> None:
         if not _has_storage(tensor):
             return
         storage = tensor.untyped_storage()
@@ -70,14 +73,21 @@ class LiveBytes(TorchDispatchMode):
             return
         self._seen.add(key)
         size = storage.nbytes() if counted else 0
-        self.live += size
+        self._add(size, on_host)
         self.peak = max(self.peak, self.live)
+        self.host_peak = max(self.host_peak, self.host_live)
         # The Python object of a storage lives as long as the storage does.
-        weakref.finalize(storage, self._free, key, size)
+        weakref.finalize(storage, self._free, key, size, on_host)
 
-    def _free(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int, on_host: bool) -> None:
         self._seen.discard(key)
-        self.live -= size
+        self._add(-size, on_host)
+
+    def _add(self, size: int, on_host: bool) -> None:
+        if on_host:
+            self.host_live += size
+        else:
+            self.live += size
 
 
 def _has_storage(tensor: Tensor) -> bool:

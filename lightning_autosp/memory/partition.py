@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from lightning_autosp import _compat
 from lightning_autosp.lines import user_line
+from lightning_autosp.memory import host
 from lightning_autosp.memory.costs import Roofline
 from lightning_autosp.memory.devices import format_bytes
 from lightning_autosp.memory.estimate import (
@@ -22,8 +23,8 @@ from lightning_autosp.memory.estimate import (
     estimate_forward,
     estimate_training,
 )
-from lightning_autosp.memory.joint import Joint, unit
-from lightning_autosp.memory.policy import CheckpointPolicy, Choice, Recomputation, choose, keep_for
+from lightning_autosp.memory.joint import Joint, Operator, Transfer, unit
+from lightning_autosp.memory.policy import CheckpointPolicy, Choice, Limits, Recomputation, choose, keep_for, place
 
 __all__ = ["Agreed", "Decision", "DoesNotFitError", "MemoryOptions", "Partitioner", "SavedPlanError"]
 
@@ -37,15 +38,18 @@ class SavedPlanError(ValueError):
 
 
 class Decision(NamedTuple):
-    """What is kept, in words that mean the same on all ranks: a policy, and for a mixture the operators (`_keys`)."""
+    """What is kept, in words that mean the same on all ranks: a policy, for a mixture the operators, what is moved (`_keys`)."""
 
     policy: str
     kept: tuple[str, ...]
     patience: int
     fits: bool
     tiled: bool = False
+    offloaded: tuple[str, ...] = ()
     places: tuple[int, ...] = ()
     """Of a mixture: the operators' numbers among those of the first rank's forward, which hold in other processes too."""
+    moved: tuple[int, ...] = ()
+    """The numbers of what is moved to the host, likewise."""
     operators: str = ""
     """A digest of that forward."""
     refused: str = ""
@@ -69,6 +73,7 @@ class MemoryOptions:
         refuse: Whether a step that is predicted to take more is an error, or only reported.
         roofline: What time is estimated by.
         overhead: Bytes that are not the program's.
+        host_limit: Bytes a rank may keep on the host; `None`: any. "auto" with 0 moves nothing there.
         states: Gives what the rank holds besides, when a program is compiled.
         fused: Whether the backend fuses elementwise operators, so that what is between them takes no memory.
         agree: Gives all ranks that compile a program at the same time one decision and estimate: graphs that differ would meet in
@@ -83,6 +88,7 @@ class MemoryOptions:
     refuse: bool
     roofline: Roofline
     overhead: int = 0
+    host_limit: int | None = 0
     states: Callable[[], States] = States
     fused: bool = False
     agree: Callable[[Any], Any] = _own
@@ -145,8 +151,9 @@ class Partitioner:
         if not self.decided.fits and self.may_retry:
             raise DoesNotFitError
         self._refuse()
-        forward, backward = _compat.extract_forward_and_backward(gm, list(choice.schedule.saved), num_fwd_outputs)
-        return reorder(forward, choice.schedule.forward), reorder(backward, choice.schedule.backward)
+        schedule = choice.schedule
+        forward, backward = _compat.extract_forward_and_backward(gm, list(schedule.saved), num_fwd_outputs)
+        return reorder(forward, schedule.forward), reorder(backward, schedule.backward)
 
     @staticmethod
     def read(gm: fx.GraphModule, num_fwd_outputs: int, parameters: Sequence[int], *, fused: bool = False) -> Joint:
@@ -166,38 +173,43 @@ class Partitioner:
         """Choose what is kept, and estimate it."""
         chosen = self.options
         limit = None if chosen.limit is None else chosen.limit - self.states.total - chosen.overhead
+        limits = Limits(limit, chosen.host_limit)
         if self.decided is not None:
-            if self.decided.places and not self.decided.kept:
+            if (self.decided.places and not self.decided.kept) or (self.decided.moved and not self.decided.offloaded):
                 self.decided = chosen.agree(_named(joint, self.decided))
             if self.decided.refused:
                 raise SavedPlanError(self.decided.refused)
-            choice = self._follow(joint, self.decided, limit, default)
-            self.estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
+            choice = self._follow(joint, self.decided, limits, default)
+            self.estimate = self._estimate(joint, choice)
             return choice
-        choice = choose(joint, chosen.policy, chosen.roofline, limit, default, mixtures=not chosen.one_decision)
-        estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
+        choice = choose(joint, chosen.policy, chosen.roofline, limits, default, mixtures=not chosen.one_decision)
         own = Decision(choice.policy, (), choice.patience, choice.fits)
-        if choice.policy == "mixture":
-            keys = _keys(joint)
-            kept = tuple(key for node, key in keys.items() if node in choice.kept)
-            places = tuple(place for place, node in enumerate(keys) if node in choice.kept)
-            own = own._replace(kept=kept, places=places, operators=_digest(joint))
-        self.decided, self.estimate = chosen.agree((own, estimate))
-        return choice if self.decided == own else self._follow(joint, self.decided, limit, default)
+        keys = _keys(joint)
+        kept = choice.kept if choice.policy == "mixture" else set()
+        if kept or choice.schedule.offloaded:
+            places = [place for place, node in enumerate(keys) if node in kept]
+            moved = [place for place, node in enumerate(keys) if node in choice.schedule.offloaded]
+            own = own._replace(places=tuple(places), moved=tuple(moved), operators=_digest(joint))
+            own = _named(joint, own)
+        self.decided, self.estimate = chosen.agree((own, self._estimate(joint, choice)))
+        return choice if self.decided == own else self._follow(joint, self.decided, limits, default)
 
-    def _follow(self, joint: Joint, decision: Decision, limit: int | None, default: set[fx.Node]) -> Choice:
+    def _estimate(self, joint: Joint, choice: Choice) -> MemoryEstimate:
+        chosen = self.options
+        estimate = estimate_training(joint, choice, self.states, chosen.limit, chosen.overhead, chosen.roofline)
+        return replace(estimate, host_limit=chosen.host_limit)
+
+    def _follow(self, joint: Joint, decision: Decision, limits: Limits, default: set[fx.Node]) -> Choice:
         """Return what another rank, or this one for another program, decided."""
+        keys = _keys(joint)
         if decision.policy == "mixture":
             wanted = set(decision.kept)
-            kept = {node for node, key in _keys(joint).items() if key in wanted}
+            kept = {node for node, key in keys.items() if key in wanted}
         else:
             kept = default if decision.policy == "none" else keep_for(joint, decision.policy)
-        schedule = joint.schedule(kept)
-        schedule = schedule.refreshed(decision.patience) if decision.patience else schedule
-        peak = max(one.bytes for one in schedule.peaks())
-        seconds = Recomputation(joint, self.options.roofline).of(schedule)
-        fits = limit is None or peak <= limit
-        return Choice(decision.policy, schedule, peak, seconds, fits, kept=kept, patience=decision.patience)
+        again = Recomputation(joint, self.options.roofline)
+        moved = set(decision.offloaded)
+        return place(joint, decision.policy, kept, decision.patience, lambda value: keys[value] in moved, again, limits)
 
     def see(self, gm: fx.GraphModule) -> None:
         """Estimate a graph without backward, which is not partitioned."""
@@ -207,7 +219,16 @@ class Partitioner:
 
     def _refuse(self) -> None:
         found = self.estimate
-        if found is None or found.fits or not self.options.refuse:
+        if found is None:
+            return
+        if not found.fits_host:
+            assert found.host_limit is not None
+            raise MemoryLimitError(
+                f"checkpoint_policy={self.options.policy!r} keeps {format_bytes(found.host)} on the host for each rank, and "
+                f"host_memory_limit is {format_bytes(found.host_limit)}. Use checkpoint_policy='auto', which moves as much as "
+                "fits, a shorter sequence, more ranks or a larger limit."
+            )
+        if found.fits or not self.options.refuse:
             return
         assert found.limit is not None
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.categories.items() if size)
@@ -246,27 +267,65 @@ def _digest(joint: Joint) -> str:
 
 
 def _named(joint: Joint, decision: Decision) -> Decision:
-    """Return a decision from another process with the operators it keeps named as this process's ranks name them."""
+    """Return a decision from another process with the operators it keeps and moves named as this process's ranks name them."""
     if _digest(joint) != decision.operators:
         return decision._replace(
-            refused="The plan keeps single operators of forward, and for this device or compile_backend forward has others. "
-            "Plan with the compile_backend that trains, or use checkpoint_policy='auto'."
+            refused="The plan keeps or moves single operators of forward, and for this device or compile_backend forward has "
+            "others. Plan with the compile_backend that trains, or use checkpoint_policy='auto'."
         )
     keys = list(_keys(joint).values())
-    return decision._replace(kept=tuple(keys[place] for place in decision.places))
+    kept, moved = (tuple(keys[place] for place in places) for places in (decision.places, decision.moved))
+    return decision._replace(kept=kept, offloaded=moved)
 
 
-def reorder(module: fx.GraphModule, order: Sequence[fx.Node]) -> fx.GraphModule:
+def reorder(module: fx.GraphModule, order: Sequence[Operator]) -> fx.GraphModule:
     """Return the module with these operators, by name, in this order; who uses one that runs again uses its latest result.
 
     What else it holds is left over: operators that draw random numbers, and collectives, are not taken for dead code.
     """
-    named = {node.name: node for node in module.graph.nodes if node.op not in ("placeholder", "output")}
+    named = {node.name: node for node in module.graph.nodes if node.op != "output"}
     inputs = module.graph.find_nodes(op="placeholder")
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    for node in (*inputs, *(named[node.name] for node in order)):
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.node_copy(module.graph.output_node(), env.__getitem__)
+    for node in inputs:
+        env[node] = graph.node_copy(node)
+    results = dict(env)
+    copies: dict[fx.Node, fx.Node] = {}
+    for one in order:
+        if isinstance(one, Transfer):
+            value = named[one.value.name]
+            _add_transfer(graph, one, value, env, copies, results)
+        else:
+            node = named[one.name]
+            env[node] = results[node] = graph.node_copy(node, env.__getitem__)
+    graph.node_copy(module.graph.output_node(), results.__getitem__)
     graph.lint()
     return fx.GraphModule(module, graph)
+
+
+def _add_transfer(
+    graph: fx.Graph,
+    one: Transfer,
+    value: fx.Node,
+    env: dict[fx.Node, fx.Node],
+    copies: dict[fx.Node, fx.Node],
+    results: dict[fx.Node, fx.Node],
+) -> None:
+    """Add one step of moving a value to the host, for which forward then returns what lies there, or back from it."""
+    if one.step == "offload":
+        copies[value] = _call(graph, host.offload, env[value])
+    elif one.step == "offloaded":
+        results[value] = _call(graph, host.offloaded, copies[value], env[value])
+    elif one.step == "fetch":
+        device = value.meta["val"].device
+        env[value].meta["val"] = host.offload(value.meta["val"])
+        copies[value] = _call(graph, host.fetch, env[value], device)
+    else:
+        env[value] = _call(graph, host.fetched, copies[value], env[value])
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    given: Any = fx.map_arg(args, lambda source: source.meta["val"])
+    node.meta["val"] = target(*given)
+    return node

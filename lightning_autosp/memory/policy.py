@@ -3,7 +3,9 @@
 - "none": PyTorch's own choice, the least bytes among those that cost no matrix product (its min-cut).
 - "attention": attention's results, their log-sum-exp, what collectives brought, and a narrow cut of the graph before each.
 - "full": the cuts alone.
-- "auto": the least time computing again, among all of these and mixtures of them, whose simulated peak fits a limit.
+- "offload": the cuts alone, on the host (`memory.offload`).
+- "auto": the least time computing again and waiting for the host, among all of these and mixtures of them, whose simulated peak
+  fits a limit. What is kept is moved to the host, the first made first, only as far as the peak does not fit otherwise.
 
 A cut is a place between two operators; keeping what is alive there, everything behind it can be computed again without what
 stands before it. Transformers are narrowest where a residual stream is all that is alive.
@@ -14,18 +16,19 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import fx
 
 from lightning_autosp.memory.costs import Roofline, is_attention, is_collective, is_view
 from lightning_autosp.memory.joint import Joint, Schedule, is_random, tensors_of, unit
+from lightning_autosp.memory.offload import movable, move_to_host
 
-__all__ = ["CheckpointPolicy", "Choice", "Recomputation", "choose", "evaluate", "keep_for"]
+__all__ = ["CheckpointPolicy", "Choice", "Limits", "Recomputation", "choose", "evaluate", "keep_for", "place"]
 
-CheckpointPolicy = Literal["auto", "none", "attention", "full"]
+CheckpointPolicy = Literal["auto", "none", "attention", "full", "offload"]
 
 PATIENCE = (3, 1)
 """How long cheap values wait for their next use, where a choice does not fit if they wait for ever; tried in this order."""
@@ -41,9 +44,9 @@ class Choice:
     Attributes:
         policy: Its name; "mixture" if "auto" found something between the named ones.
         schedule: What runs.
-        peak: Bytes at once, without parameters, inputs and optimizer.
-        seconds: Computing again and moving to the host and back, on the roofline.
-        fits: Whether the peak is within the limit.
+        peak: Bytes at once on the device, without parameters, inputs and optimizer.
+        seconds: Computing again and waiting for copies to the host and back, on the roofline.
+        fits: Whether the peak is within the limit, and what lies on the host within its own.
         kept: The operators whose results are kept.
         patience: Of `Schedule.refreshed`; 0 if the schedule is not refreshed.
     """
@@ -69,7 +72,7 @@ def must_keep(joint: Joint) -> set[fx.Node]:
 
 
 def keep_for(joint: Joint, policy: str) -> set[fx.Node]:
-    """Return the operators that "full" or "attention" keeps."""
+    """Return the operators that "full", "offload" or "attention" keeps."""
     kept = must_keep(joint) | cuts(joint)
     if policy == "attention":
         found = {node for node in joint.nodes if joint.is_activation(node) and (is_attention(node) or is_collective(node))}
@@ -144,6 +147,7 @@ class Recomputation:
     """What is computed again for a choice, and how long it takes, without a schedule."""
 
     def __init__(self, joint: Joint, roofline: Roofline) -> None:
+        self.roofline = roofline
         schedule = joint.schedule(set())
         self._seconds = {node: roofline.seconds(joint.cost(node)) for node in schedule.recomputed}
         self._inputs = {node: node.all_input_nodes for node in self._seconds}
@@ -172,24 +176,84 @@ class Recomputation:
         return sum(self._seconds.get(node, 0.0) for node in schedule.recomputed)
 
 
-def evaluate(joint: Joint, policy: str, kept: set[fx.Node], again: Recomputation, limit: int | None) -> Choice:
+@dataclass(frozen=True)
+class Limits:
+    """What a choice may take.
+
+    Attributes:
+        device: Bytes that forward and backward may take at once, without parameters, inputs and optimizer; `None`: any.
+        host: Bytes that may lie on the host between forward and backward; `None`: any.
+    """
+
+    device: int | None
+    host: int | None = 0
+
+
+def place(
+    joint: Joint,
+    policy: str,
+    kept: set[fx.Node],
+    patience: int,
+    on_host: Callable[[fx.Node], bool],
+    again: Recomputation,
+    limits: Limits,
+) -> Choice:
+    """Return the choice of what is kept, for how long cheap values wait, and which values that may be are on the host."""
     schedule = joint.schedule(kept)
+    schedule = schedule.refreshed(patience) if patience else schedule
+    values = [value for value in movable(schedule) if on_host(value)]
+    return _moved(Choice(policy, schedule, 0, 0.0, False, kept, patience), values, again, limits)
+
+
+def _moved(choice: Choice, values: Sequence[fx.Node], again: Recomputation, limits: Limits) -> Choice:
+    """Return the choice, in which nothing is moved, with some values moved to the host."""
+    schedule = move_to_host(choice.schedule, values, again.roofline)
     peak = max(one.bytes for one in schedule.peaks())
-    if limit is None or peak <= limit:
-        return Choice(policy, schedule, peak, again.seconds(kept), True, kept=kept)
-    best = Choice(policy, schedule, peak, again.seconds(kept), False, kept=kept)
-    for patience in PATIENCE:
-        fresh = schedule.refreshed(patience)
-        peak = max(one.bytes for one in fresh.peaks())
-        if peak < best.peak:
-            best = Choice(policy, fresh, peak, again.of(fresh), peak <= limit, kept=kept, patience=patience)
-        if best.fits:
+    host = sum(schedule.host_storages().values())
+    fits = (limits.device is None or peak <= limits.device) and (limits.host is None or host <= limits.host)
+    seconds = (again.of(choice.schedule) if choice.patience else again.seconds(choice.kept)) + schedule.stalled
+    return replace(choice, schedule=schedule, peak=peak, seconds=seconds, fits=fits)
+
+
+def evaluate(joint: Joint, policy: str, kept: set[fx.Node], again: Recomputation, limits: Limits) -> Choice:
+    """Return what keeping these operators' results takes, in the fastest way that fits, or else the smallest."""
+    best: Choice | None = None
+    for patience in (0, *PATIENCE):
+        one = place(joint, policy, kept, patience, lambda _: policy == "offload", again, limits)
+        if policy != "offload" and not one.fits and limits.host != 0:
+            one = _move_least(one, again, limits)
+        best = one if best is None else min(best, one, key=_rank)
+        if best.fits and not best.schedule.stalled:  # to compute cheap values once more takes time
             break
+    assert best is not None
+    return best
+
+
+def _rank(choice: Choice) -> tuple[bool, float]:
+    """What fits comes first, by its time; what does not, by its peak."""
+    return not choice.fits, choice.seconds if choice.fits else choice.peak
+
+
+def _move_least(choice: Choice, again: Recomputation, limits: Limits) -> Choice:
+    """Move to the host what was made first, as few values as it takes to fit; all that the host may hold if it does not."""
+    schedule = choice.schedule
+    values = movable(schedule)
+    sizes = itertools.accumulate(sum(schedule.joint.memory.made[value].values()) for value in values)
+    most = sum(limits.host is None or size <= limits.host for size in sizes)
+    best = min(choice, _moved(choice, values[:most], again, limits), key=lambda one: one.peak)
+    low, high = 0, most if best.fits else 0
+    while low + 1 < high:
+        middle = (low + high) // 2
+        one = _moved(choice, values[:middle], again, limits)
+        if one.fits:
+            best, high = one, middle
+        else:
+            low = middle
     return best
 
 
 def choose(
-    joint: Joint, policy: str, roofline: Roofline, limit: int | None, default: set[fx.Node], *, mixtures: bool = True
+    joint: Joint, policy: str, roofline: Roofline, limits: Limits, default: set[fx.Node], *, mixtures: bool = True
 ) -> Choice:
     """Choose what is kept.
 
@@ -197,7 +261,7 @@ def choose(
         joint: The graph.
         policy: A `CheckpointPolicy`.
         roofline: What time is estimated by.
-        limit: Bytes that forward and backward may take at once, without parameters, inputs and optimizer; `None`: any.
+        limits: What it may take.
         default: What PyTorch's partitioner would keep.
         mixtures: Whether "auto" may find something between the named policies.
 
@@ -207,16 +271,16 @@ def choose(
     again = Recomputation(joint, roofline)
     if policy != "auto":
         kept = default if policy == "none" else keep_for(joint, policy)
-        return evaluate(joint, policy, kept, again, limit)
-    tried = [evaluate(joint, "none", default, again, limit)]
-    if tried[0].fits:
+        # What is named is done; only "auto" moves what does not fit.
+        return evaluate(joint, policy, kept, again, limits if policy == "offload" else replace(limits, host=0))
+    tried = [evaluate(joint, "none", default, again, limits)]
+    if tried[0].fits and not tried[0].schedule.offloaded:
         return tried[0]
-    full = evaluate(joint, "full", keep_for(joint, "full"), again, limit)
-    tried += [full, evaluate(joint, "attention", keep_for(joint, "attention"), again, limit)]
+    full = evaluate(joint, "full", keep_for(joint, "full"), again, limits)
+    tried += [full, evaluate(joint, "attention", keep_for(joint, "attention"), again, limits)]
     if full.fits and mixtures:
-        tried.append(_grow(joint, full, again, limit))
-    fitting = [one for one in tried if one.fits]
-    return min(fitting, key=lambda one: (one.seconds, one.peak)) if fitting else min(tried, key=lambda one: one.peak)
+        tried.append(_grow(joint, full, again, limits))
+    return min(tried, key=lambda one: (*_rank(one), one.peak))
 
 
 def candidates(joint: Joint, again: Recomputation, kept: set[fx.Node]) -> list[fx.Node]:
@@ -229,11 +293,11 @@ def candidates(joint: Joint, again: Recomputation, kept: set[fx.Node]) -> list[f
     ]
 
 
-def _grow(joint: Joint, start: Choice, again: Recomputation, limit: int | None) -> Choice:
+def _grow(joint: Joint, start: Choice, again: Recomputation, limits: Limits) -> Choice:
     """Keep more and more beyond the smallest choice, what saves most time a byte first, as long as it fits."""
     found = candidates(joint, again, start.kept)
     if len(found) <= EXHAUSTIVE:
-        return _every_subset(joint, start, found, again, limit)
+        return _every_subset(joint, start, found, again, limits)
     best = start
     groups = _alike(joint, start.kept, found)
     while groups:
@@ -252,7 +316,7 @@ def _grow(joint: Joint, start: Choice, again: Recomputation, limit: int | None) 
         low, high = 0, len(group)
         while low < high:
             middle = (low + high + 1) // 2
-            one = evaluate(joint, "mixture", best.kept | set(group[:middle]), again, limit)
+            one = evaluate(joint, "mixture", best.kept | set(group[:middle]), again, limits)
             if one.fits:
                 low, kept = middle, one
             else:
@@ -276,11 +340,11 @@ def _alike(joint: Joint, cut: set[fx.Node], found: Sequence[fx.Node]) -> list[li
     return list(groups.values())
 
 
-def _every_subset(joint: Joint, start: Choice, found: Sequence[fx.Node], again: Recomputation, limit: int | None) -> Choice:
+def _every_subset(joint: Joint, start: Choice, found: Sequence[fx.Node], again: Recomputation, limits: Limits) -> Choice:
     best = start
     for size in range(1, len(found) + 1):
         for subset in itertools.combinations(found, size):
-            one = evaluate(joint, "mixture", start.kept | set(subset), again, limit)
+            one = evaluate(joint, "mixture", start.kept | set(subset), again, limits)
             if one.fits and (one.seconds, one.peak) < (best.seconds, best.peak):
                 best = one
     return best
