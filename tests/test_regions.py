@@ -96,6 +96,22 @@ def retention(net: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2) * decay) @ v
 
 
+def disentangled(net: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries and keys meet embeddings of distances, looked up for every pair, as DeBERTa has it."""
+    row, column = row_column(q)
+    distances = net.buckets.weight[:, :1] * torch.arange(WIDTH)
+    places = (row - column).clamp(-8, 7) + 8
+    places = places.expand(*q.shape[:2], -1, -1)
+    of_queries = torch.gather(q @ distances.T, -1, places)
+    of_keys = torch.gather(k @ distances.T, -1, places).transpose(-1, -2)
+    return (dots(q, k) + of_queries + of_keys).softmax(-1) @ v
+
+
+def repeated(q: Tensor, keep: Tensor) -> Tensor:
+    """A mask of columns, repeated for samples and rows."""
+    return keep.repeat(q.shape[0], q.shape[2], 1)[:, None]
+
+
 def window(q: Tensor) -> Tensor:
     row, column = row_column(q)
     return causal(q) & (row - column < 5)
@@ -119,6 +135,9 @@ JOINED: dict[str, Written] = {
         (dots(q, k) + torch.full((q.shape[2], q.shape[2]), float("-inf"), dtype=q.dtype).triu(1)).softmax(-1) @ v
     ),
     "window": lambda n, q, k, v: dots(q, k).masked_fill(~window(q), float("-inf")).softmax(-1) @ v,
+    "repeated_for_heads": lambda n, q, k, v: (
+        dots(q, k).masked_fill(~causal(q).repeat(q.shape[0], q.shape[1], 1, 1), float("-inf")).softmax(-1) @ v
+    ),
     "no_dropout": lambda n, q, k, v: F.dropout(dots(q, k).softmax(-1), 0.3, training=False) @ v,
     "by_baddbmm": by_baddbmm,
     "one_head_of_keys": lambda n, q, k, v: dots(q, k[:, :1]).masked_fill(~causal(q), -1e300).softmax(-1) @ v[:, :1],
@@ -148,6 +167,10 @@ TILED: dict[str, Written] = {
         v.flatten(0, 1),
     ).view_as(q),
     "retention": retention,
+    "disentangled": disentangled,
+    "repeated": lambda n, q, k, v: (
+        dots(q, k).masked_fill_(repeated(q, torch.arange(q.shape[2])[None, None] < 3), -1e300).softmax(-1).type_as(q) @ v
+    ),
     "sigmoid": lambda n, q, k, v: (dots(q, k).sigmoid() * causal(q)) @ v / (row_column(q)[0] + 1),
     "may_attend_to_nothing": lambda n, q, k, v: (
         dots(q, k).masked_fill(~((row_column(q)[0] + row_column(q)[1] > 5) & causal(q)), -1e9).softmax(-1) @ v

@@ -7,7 +7,7 @@ functional, `no_grad` and autocast regions stay where they were, and every node 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,13 @@ def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = 
     return source.to(destination.device, destination.dtype, non_blocking).expand(destination.shape)
 
 
-_DECOMPOSITIONS = {torch.ops.aten.copy.default: _copy}
+def _type_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`aten.type_as` reads nothing of `other` but its type."""
+    same = (tensor.device, tensor.dtype) == (other.device, other.dtype)
+    return tensor if same else torch.ops.aten._to_copy.default(tensor, dtype=other.dtype, device=other.device)
+
+
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: _copy, torch.ops.aten.type_as.default: _type_as}
 
 
 def capture(gm: fx.GraphModule, parameter_names: dict[int, str], own: Container[int] = ()) -> Captured:

@@ -121,6 +121,8 @@ def join_attention(captured: Captured, can_be_tiled: Callable[[Region], bool]) -
             _compare_positions(captured, node)
         elif node.target is aten.baddbmm.default and _is_square(captured, node):
             _add_apart(captured, node)
+        elif node.target is aten.repeat.default and _is_square(captured, node):
+            _expand(captured, node)
     for node in list(captured.graph.nodes):
         if node.target in PRODUCTS and not _is_square(captured, node) and _is_square(captured, node.args[0]):
             join_written_out(captured, node)
@@ -303,6 +305,26 @@ def _add_apart(captured: Captured, node: fx.Node) -> None:
         new = insert(captured, aten.add.Tensor, *terms, like=node)
     node.replace_all_uses_with(new)
     captured.graph.erase_node(node)
+
+
+def _expand(captured: Captured, node: fx.Node) -> None:
+    """Write a repetition of single rows, columns or heads as an expansion: rows of it are known to be made of that."""
+    given = bound(node)
+    source, repeats = given["self"], list(given["repeats"])
+    shape = captured.shape(source.meta["val"])
+    sizes = [1] * (len(repeats) - len(shape)) + list(shape)
+    if any(size != 1 and captured.expr(_value(times)) != 1 for size, times in zip(sizes, repeats, strict=True)):
+        return
+    expanded = [times if size == 1 else -1 for size, times in zip(sizes, repeats, strict=True)]
+    with captured.graph.inserting_before(node):
+        new = insert(captured, aten.expand.default, source, expanded, like=node)
+        new = insert(captured, aten.clone.default, new, like=node)
+    node.replace_all_uses_with(new)
+    captured.graph.erase_node(node)
+
+
+def _value(size: Any) -> Any:
+    return size.meta["val"] if isinstance(size, fx.Node) else size
 
 
 def _use_flags(captured: Captured, node: fx.Node) -> None:

@@ -162,6 +162,8 @@ def inputs_cut(facts: Facts, node: fx.Node, wanted: Form) -> dict[fx.Node, Layou
         assert isinstance(source, fx.Node)
         back = views.through_view(facts.shape(node), facts.shape(source), wanted)
         return None if back is None else {source: back}
+    if target is aten.gather.default and int(node.args[1]) % len(facts.shape(node)) == wanted.dim:  # type: ignore[arg-type]
+        return {node.args[2]: wanted}  # type: ignore[dict-item]
     if _takes_all(facts, node):
         return {node.all_input_nodes[0]: wanted}
     sources = tensor_inputs(node)
