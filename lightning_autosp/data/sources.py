@@ -133,7 +133,7 @@ class SharedLoader:
         Args:
             loader: The rank's own.
             source: "broadcast": the first rank of each group loads. "exchange": all do; of a map-style dataset whose sampler is
-                not dealt to all ranks already, each loads every so-manieth batch.
+                not dealt to all ranks already, each loads every `size`-th batch.
             groups: The rank's.
             say: Called with what a user should know.
         """
@@ -362,7 +362,7 @@ def _packed(batch: Any) -> tuple[bytes, list[Tensor]]:
 
 
 class _Turns:
-    """Every so-manieth element of a sampler, from the rank's own on.
+    """Every `size`-th element of a sampler, from the rank's own on.
 
     All ranks take from the sampler a round at a time, so that one that draws with every element stays the same on all of them.
     """
