@@ -42,6 +42,9 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils.checkpoint import CheckpointPolicy
 
+# Documented as what tells `default_collate` of further types, under this name.
+from torch.utils.data._utils.collate import default_collate_fn_map
+
 try:
     from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen
 except ImportError:  # before torch 2.12
@@ -59,6 +62,7 @@ __all__ = [
     "autograd_inside_operator",
     "boxed",
     "current_tracer",
+    "default_collate_fn_map",
     "dynamic_dims",
     "example_of",
     "extract_forward_and_backward",

@@ -56,6 +56,7 @@ from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum
 from lightning_autosp.data.sources import SOURCES, BatchSource, choose_source, share
+from lightning_autosp.data.tokens import make_whole, sequence_shards, sharded_datasets
 from lightning_autosp.memory.devices import device_kind, device_of, free_host_memory, limit_bytes
 from lightning_autosp.memory.estimate import States, optimizer_memory
 from lightning_autosp.memory.host import require_pinning
@@ -133,8 +134,9 @@ class AutoSPStrategy(ParallelStrategy):
             sequence_dim: The dimension of batch tensors that holds the sequence.
             batch_source: Who loads in a group of ranks that share sequences. "replicated": every rank loads the same batch; the
                 first one of each stage is compared. "broadcast": the first rank loads, and sends. "exchange": every rank loads
-                batches of its own, which the group works through in turn. "auto": "replicated" where the sampler is known to draw
-                the same on every rank, "exchange" where it deals to all ranks, else "broadcast"; which is said (`data.sources`).
+                batches of its own, which the group works through in turn. "sharded": every rank loads its slice of the same batch.
+                "auto": "sharded" for a dataset that can (`data.TokenDataset`), "replicated" where the sampler is known to draw the
+                same on every rank, "exchange" where it deals to all ranks, else "broadcast"; which is said (`data.sources`).
             compile_backend: "inductor", or "aot_eager" to run compiled graphs operator by operator. "auto": Inductor on CUDA.
             checkpoint_policy: Which values are kept for backward, and which are computed again (`memory.policy`). "none": what
                 PyTorch's partitioner keeps. "attention": attention's results, what collectives brought, and what enters each
@@ -208,6 +210,7 @@ class AutoSPStrategy(ParallelStrategy):
         self._steps: dict[str, CompiledStep] = {}
         self._checked_stages: set[Any] = set()
         self._metric_groups: list[tuple[Metric, Any]] = []
+        self._sharded_datasets: list[Any] = []
 
     def __repr__(self) -> str:
         # Names the package of its base class: pytorch_lightning's Trainer, whose classes are others, prints this when refusing it.
@@ -556,6 +559,9 @@ class AutoSPStrategy(ParallelStrategy):
         for metric, group in self._metric_groups:
             metric.process_group = group
         self._metric_groups.clear()
+        for dataset in self._sharded_datasets:
+            dataset.shard_sequence(0, 1)
+        self._sharded_datasets.clear()
         if self._parameters is not None:
             self._parameters.restore(values=not self._failed)
         self._parameters, self._failed = None, False
@@ -583,6 +589,10 @@ class AutoSPStrategy(ParallelStrategy):
             dataloader.worker_init_fn = functools.partial(pl_worker_init_function, rank=rank)
         if groups.size > 1:
             self._say(f"{self._stage()}batches are {SOURCES[source]}: {reason}")
+        if source == "sharded" and groups.size > 1:
+            for dataset in sharded_datasets(dataloader.dataset):
+                dataset.shard_sequence(groups.rank, groups.size)
+                self._sharded_datasets.append(dataset)
         return share(dataloader, source, groups, self._say)
 
     def _stage(self) -> str:
@@ -601,6 +611,12 @@ class AutoSPStrategy(ParallelStrategy):
         if module is None or self._parameters is None:
             return batch
         stage = (module.trainer.state.stage, dataloader_idx)
+        shards = sequence_shards(batch)
+        if shards and stage not in self._checked_stages:  # what they are slices of, before they are put together
+            known = [torch.tensor([*shard.samples, shard.length, *shard.local.shape[:-1]]) for shard in shards]
+            if error := agree(None, checksum(known), self.data_parallel_rank):
+                raise MisconfigurationException(f"{module.trainer.state.stage.value}: {error}")  # type: ignore[union-attr]
+        batch = make_whole(batch, self._meshes.sequence_group)
         tensors = batch_tensors(batch)
         error = batch_error(tensors, self._sequence_dim, self.sequence_parallel_size)
         if stage not in self._checked_stages and self.world_size > 1:

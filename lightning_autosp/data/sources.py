@@ -5,6 +5,7 @@
 | `replicated` | every rank, the same batch | one for each batch |
 | `broadcast` | the first rank | one for each of its batches |
 | `exchange` | every rank, batches of its own | one for each batch of any rank, rank after rank |
+| `sharded` | every rank, its slice of the same batch (`tokens`) | one for each batch |
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_autosp.data.tokens import sharded_datasets
+
 __all__ = ["SOURCES", "BatchSource", "Groups", "LoadError", "SharedLoader", "choose_source", "share"]
 
-BatchSource = Literal["auto", "replicated", "broadcast", "exchange"]
+BatchSource = Literal["auto", "replicated", "broadcast", "exchange", "sharded"]
 
 SOURCES: dict[BatchSource, str] = {
     "replicated": "loaded by every rank (replicated)",
     "broadcast": "loaded by the first rank of each sequence group (broadcast)",
     "exchange": "loaded by the ranks in turn (exchange)",
+    "sharded": "loaded by every rank in slices (sharded)",
 }
 """What is said of each."""
 
@@ -84,9 +88,22 @@ class Groups:
 
 
 def choose_source(loader: Any, asked: BatchSource, groups: Groups) -> tuple[BatchSource, str]:
-    """Return the source for a loader, and why."""
+    """Return the source for a loader, and why.
+
+    Raises:
+        ValueError: If "sharded" is asked for and the dataset cannot.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if asked == "sharded" and not sharded_datasets(dataset):
+        found = type(loader if dataset is None else dataset).__name__
+        raise ValueError(
+            f"batch_source='sharded' needs a dataset that reads slices of its sequences, as lightning_autosp.data.TokenDataset "
+            f"does; the loader's is a {found}. Use 'auto'."
+        )
     if asked != "auto":
         return asked, f"batch_source={asked!r}"
+    if isinstance(loader, DataLoader) and (able := sharded_datasets(dataset)):
+        return "sharded", f"{type(able[0]).__name__} reads slices"
     if not isinstance(loader, DataLoader):
         return "broadcast", f"{type(loader).__name__} is no torch DataLoader"
     if isinstance(loader.dataset, IterableDataset):

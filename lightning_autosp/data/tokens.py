@@ -1,0 +1,246 @@
+"""Token files of which every rank of a sequence group reads its slice of each sample."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_autosp._compat import default_collate_fn_map
+
+__all__ = ["SequenceShard", "TokenDataset", "documents_path", "make_whole", "sequence_shards", "shard_bounds", "sharded_datasets"]
+
+
+def shard_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
+    """Return the first position of a rank's slice and the one after its last; slices differ by one position at most."""
+    return length * rank // size, length * (rank + 1) // size
+
+
+@dataclass
+class SequenceShard:
+    """A rank's slice of a sequence, or of a batch of them.
+
+    `torch.utils.data.default_collate` stacks them, pinning and moving to a device keep them; on the device, the strategy makes
+    whole tensors of them.
+    """
+
+    local: Tensor
+    """`(..., positions)`; the sequence is the last dimension."""
+    length: int
+    """Positions of the whole sequence."""
+    rank: int
+    size: int
+    """Which slice of how many."""
+    samples: tuple[int, ...]
+    """Numbers of the samples, by which ranks find out whether theirs are the same."""
+
+    def __post_init__(self) -> None:
+        start, stop = shard_bounds(self.length, self.rank, self.size)
+        if self.local.ndim == 0 or self.local.shape[-1] != stop - start:
+            raise ValueError(
+                f"slice {self.rank} of {self.size} of {self.length} positions has {stop - start} of them; the tensor's shape is "
+                f"{tuple(self.local.shape)}"
+            )
+
+    @property
+    def offset(self) -> int:
+        """The slice's first position."""
+        return shard_bounds(self.length, self.rank, self.size)[0]
+
+    def to(self, *args: Any, **kwargs: Any) -> SequenceShard:
+        """Return the shard with its slice moved, as `Tensor.to` does."""
+        return replace(self, local=self.local.to(*args, **kwargs))
+
+    def pin_memory(self, *args: Any) -> SequenceShard:
+        """Return the shard with its slice in pinned memory."""
+        return replace(self, local=self.local.pin_memory(*args))
+
+    def num_bytes(self, rank: int) -> int:
+        """Return the bytes of a rank's slice."""
+        start, stop = shard_bounds(self.length, rank, self.size)
+        return math.prod(self.local.shape[:-1]) * (stop - start) * self.local.element_size()
+
+
+def _collate(shards: Sequence[SequenceShard], *, collate_fn_map: Any = None) -> SequenceShard:
+    first = shards[0]
+    lengths = sorted({shard.length for shard in shards})
+    if len(lengths) > 1:
+        raise ValueError(f"sequences of {lengths} positions are in one batch; default_collate stacks those that are as long")
+    samples = tuple(sample for shard in shards for sample in shard.samples)
+    return replace(first, local=torch.stack([shard.local for shard in shards]), samples=samples)
+
+
+default_collate_fn_map[SequenceShard] = _collate
+
+
+def sequence_shards(batch: Any) -> list[SequenceShard]:
+    """Return the shards in a batch, in order."""
+    found: list[SequenceShard] = []
+
+    def keep(shard: SequenceShard) -> SequenceShard:
+        found.append(shard)
+        return shard
+
+    apply_to_collection(batch, SequenceShard, keep, allow_frozen=True)
+    return found
+
+
+def make_whole(batch: Any, group: dist.ProcessGroup) -> Any:
+    """Return a batch with whole tensors for its shards. One all-gather, on the device that the slices are on."""
+    shards = sequence_shards(batch)
+    if not shards:
+        return batch
+    size = dist.get_world_size(group)
+    sizes = sorted({shard.size for shard in shards})
+    if sizes != [size]:
+        raise ValueError(f"the batch holds slices for {sizes} ranks; the sequence group has {size}")
+    raw = torch.cat([shard.local.contiguous().reshape(-1).view(torch.uint8) for shard in shards])
+    most = max(sum(shard.num_bytes(rank) for shard in shards) for rank in range(size))
+    own = raw.new_zeros(most)
+    own[: raw.numel()] = raw
+    gathered = raw.new_empty(size * most)
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    parts: list[list[Tensor]] = [[] for _ in shards]
+    for rank, buffer in enumerate(gathered.view(size, most)):
+        at = 0
+        for shard, found in zip(shards, parts, strict=True):
+            piece = buffer[at : (at := at + shard.num_bytes(rank))]
+            shape = (*shard.local.shape[:-1], np.diff(shard_bounds(shard.length, rank, size)).item())
+            found.append(piece.clone().view(shard.local.dtype).view(shape))  # where it begins need not suit the dtype
+    whole = iter([torch.cat(found, dim=-1) for found in parts])
+    return apply_to_collection(batch, SequenceShard, lambda _: next(whole), allow_frozen=True)
+
+
+def sharded_datasets(dataset: Any) -> list[Any]:
+    """Return what can shard its sequences among a dataset and those it is made of (`Subset`, `ConcatDataset`).
+
+    That is what has a method `shard_sequence(rank, size)`, after which its samples hold `SequenceShard`s of that slice, and whole
+    tensors again after `shard_sequence(0, 1)`.
+    """
+    if callable(getattr(dataset, "shard_sequence", None)):
+        return [dataset]
+    inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
+    return [found for one in inner if one is not None and one is not dataset for found in sharded_datasets(one)]
+
+
+def documents_path(path: str | os.PathLike[str]) -> Path:
+    """Return where the positions that documents start at stand, beside a token file: `corpus.documents.npy`."""
+    return Path(path).with_suffix(".documents.npy")
+
+
+class TokenDataset(Dataset[dict[str, Any]]):
+    """Fixed-length samples of memory-mapped token files.
+
+    A sample is `{"tokens": ids}` of `length + 1` positions, the next token last: inputs are `tokens[:, :-1]`, labels
+    `tokens[:, 1:]`. With `documents=True` there are also `"document_ids"`, counted within the sample from 0, and `"position_ids"`,
+    counted within the document from its first token in the sample; both have a number for every token. All are int64, and tensors,
+    or `SequenceShard`s where the strategy has sharded the dataset: of each sample, a rank then reads its slice alone.
+
+    Samples follow each other without a gap, do not reach from one file into the next, and leave out what remains at a file's end.
+    """
+
+    def __init__(
+        self,
+        files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        length: int,
+        *,
+        dtype: str | np.dtype[Any] | None = None,
+        next_token: bool = True,
+        documents: bool = False,
+    ) -> None:
+        """Look at the files' sizes.
+
+        Args:
+            files: One-dimensional integers, as `.npy`, or raw.
+            length: Positions of a sample.
+            dtype: Of raw files, such as "uint16".
+            next_token: Whether samples have the token that follows them as a further position.
+            documents: Whether to number documents, by `documents_path(file)`: a one-dimensional int64 `.npy` with the positions
+                they start at, ascending, which `write_tokens` writes.
+
+        Raises:
+            ValueError: If a file holds something else, or no file holds a whole sample.
+        """
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(f"length={length!r} is not known. Use a number of tokens, 1 or larger.")
+        self.files = [Path(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
+        self.length, self.dtype, self.documents = length, dtype, documents
+        self.span = length + bool(next_token)
+        self._maps: dict[Path, Any] = {}
+        self._rank, self._size = 0, 1
+        sizes = [len(self._map(file)) for file in self.files]
+        counts = [max(0, size - (self.span - length)) // length for size in sizes]
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        if not len(self):
+            raise ValueError(f"no file holds the {self.span} tokens of a sample; they hold {sizes}. Use a smaller length.")
+        if documents:
+            for file in self.files:
+                starts = self._map(documents_path(file))
+                if not len(starts) or starts[0] != 0:
+                    raise ValueError(f"{documents_path(file)}: the first document has to start at 0; found {starts[:1].tolist()}")
+
+    def shard_sequence(self, rank: int, size: int) -> None:
+        """Give slice `rank` of `size` of each sample from now on; whole samples with `size=1`. The strategy calls it."""
+        self._rank, self._size = rank, size
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index = int(index) % len(self)
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        file = self.files[number]
+        begin = (index - int(self._first[number])) * self.length
+        start, stop = shard_bounds(self.span, self._rank, self._size)
+        values = {"tokens": np.asarray(self._map(file)[begin + start : begin + stop]).astype(np.int64)}
+        if self.documents:
+            starts = self._map(documents_path(file))
+            first = int(np.searchsorted(starts, begin, side="right")) - 1
+            last = int(np.searchsorted(starts, begin + self.span, side="left"))
+            within = np.maximum(np.asarray(starts[first:last]), begin)
+            positions = np.arange(begin + start, begin + stop)
+            values["document_ids"] = np.searchsorted(within, positions, side="right") - 1
+            values["position_ids"] = positions - within[values["document_ids"]]
+        return {name: self._sample(torch.from_numpy(value), index) for name, value in values.items()}
+
+    def _sample(self, local: Tensor, index: int) -> Tensor | SequenceShard:
+        return local if self._size == 1 else SequenceShard(local, self.span, self._rank, self._size, (index,))
+
+    def _map(self, file: Path) -> Any:
+        if file not in self._maps:
+            self._maps[file] = self._open(file)
+        return self._maps[file]
+
+    def _open(self, file: Path) -> Any:
+        if file.suffix == ".npy":
+            values = np.load(file, mmap_mode="r")
+        elif self.dtype is None:
+            raise ValueError(f"{file} is a raw file of tokens: say dtype='uint16', or what they are; or use .npy files.")
+        elif file.stat().st_size % np.dtype(self.dtype).itemsize or not file.stat().st_size:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, which is no number of {np.dtype(self.dtype)} tokens.")
+        else:
+            values = np.memmap(file, self.dtype, "r")
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise ValueError(
+                f"{file} holds {values.dtype} of shape {values.shape}; tokens and positions are one dimension of integers."
+            )
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Worker processes map the files themselves: pickling a map would read all of it.
+        return {**self.__dict__, "_maps": {}}

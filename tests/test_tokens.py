@@ -1,0 +1,199 @@
+"""Token files: whole samples on one device, a slice of each on every rank of a group, the same batch for the step."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import jobs
+import modules
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from pool import Pool
+from test_fit import FULL, assert_same
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Subset
+
+from lightning_autosp import AutoSPStrategy
+from lightning_autosp.data import SequenceShard, TokenDataset
+from lightning_autosp.data.tokens import make_whole, shard_bounds, sharded_datasets
+
+
+def write(folder: Path, sizes: list[int], documents: tuple[int, ...] = ()) -> list[Path]:
+    files = [folder / f"part{number}.npy" for number in range(len(sizes))]
+    begin = 0
+    for file, size in zip(files, sizes, strict=True):
+        np.save(file, np.arange(begin, begin + size, dtype=np.uint16) % modules.VOCABULARY)
+        np.save(file.with_suffix(".documents.npy"), np.array([0, *documents]))
+        begin += size
+    return files
+
+
+def test_samples_of_one_process(tmp_path: Path) -> None:
+    data = TokenDataset(write(tmp_path, [21, 20]), 5)
+    tokens = np.arange(41) % modules.VOCABULARY
+    assert len(data) == 4 + 3  # of 20 tokens, the last five have no next token
+    for index, begin in enumerate([0, 5, 10, 15, 21, 26, 31]):
+        assert data[index]["tokens"].dtype == torch.int64
+        assert data[index]["tokens"].tolist() == tokens[begin : begin + 6].tolist()
+    assert data[-1]["tokens"].tolist() == data[6]["tokens"].tolist()
+    with pytest.raises(IndexError):
+        data[7]
+    assert len(TokenDataset(data.files, 5, next_token=False)) == 4 + 4
+    batch = next(iter(DataLoader(data, batch_size=3)))
+    assert batch["tokens"].shape == (3, 6)
+
+
+def test_raw_files(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.bin"
+    np.arange(12, dtype=np.uint32).tofile(file)
+    assert TokenDataset(file, 4, dtype="uint32")[1]["tokens"].tolist() == [4, 5, 6, 7, 8]
+    with pytest.raises(ValueError, match="say dtype="):
+        TokenDataset(file, 4)
+    with pytest.raises(ValueError, match="no file holds the 14 tokens of a sample; they hold \\[12\\]"):
+        TokenDataset(file, 13, dtype="uint32")
+    np.save(tmp_path / "floats.npy", np.ones(30))
+    with pytest.raises(ValueError, match="floats.npy holds float64 of shape \\(30,\\)"):
+        TokenDataset(tmp_path / "floats.npy", 4)
+
+
+def test_documents(tmp_path: Path) -> None:
+    (file,) = write(tmp_path, [20], (3, 8, 9, 14))
+    whole = [TokenDataset(file, 6, documents=True)[index] for index in range(3)]
+    assert whole[0]["document_ids"].tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert whole[0]["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert whole[1]["document_ids"].tolist() == [0, 0, 1, 2, 2, 2, 2]
+    assert whole[1]["position_ids"].tolist() == [0, 1, 0, 0, 1, 2, 3]
+    assert whole[2]["position_ids"].tolist() == [0, 1, 0, 1, 2, 3, 4]
+    sharded = TokenDataset(file, 6, documents=True)
+    for rank in range(3):
+        sharded.shard_sequence(rank, 3)
+        start, stop = shard_bounds(7, rank, 3)
+        for index, sample in enumerate(whole):
+            for name, shard in sharded[index].items():
+                assert shard.local.tolist() == sample[name][start:stop].tolist()
+                assert (shard.offset, shard.length, shard.samples) == (start, 7, (index,))
+
+
+class Counting:
+    """An array that counts the bytes it is asked for."""
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.bytes = array, 0
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, where: slice) -> Any:
+        found = np.array(self.array[where])
+        self.bytes += found.nbytes
+        return found
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_rank_reads_its_part(tmp_path: Path, size: int) -> None:
+    (file,) = write(tmp_path, [100_001])
+    everything = 2 * 100 * 1001
+    for rank in range(size):
+        data = TokenDataset(file, 1000)
+        counting = data._maps[file] = Counting(data._map(file))
+        data.shard_sequence(rank, size)
+        for batch in DataLoader(data, batch_size=7):
+            assert batch["tokens"].local.shape[1] in (1001 // size, 1001 // size + 1)
+        assert abs(counting.bytes / everything * size - 1) < 0.02
+
+
+def test_found_in_other_datasets(tmp_path: Path) -> None:
+    one, other = (TokenDataset(write(tmp_path, [30]), 5) for _ in range(2))
+    assert sharded_datasets(ConcatDataset([Subset(one, [0]), other])) == [one, other]
+    assert sharded_datasets(modules.Tokens(3, 4)) == []
+
+
+def gather(dtypes: list[str], shape: tuple[int, ...], length: int) -> list[Any]:
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    whole = [torch.arange(np.prod((*shape, length))).reshape(*shape, length).to(getattr(torch, dtype)) for dtype in dtypes]
+    start, stop = shard_bounds(length, rank, size)
+    batch = {"a": [SequenceShard(one[..., start:stop], length, rank, size, (0,)) for one in whole], "other": 1}
+    got = make_whole(batch, dist.group.WORLD)
+    assert all(torch.equal(one, want) and one.dtype == want.dtype for one, want in zip(got["a"], whole, strict=True))
+    return [got["other"]]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("length", [2, 10, 12])  # fewer positions than ranks, uneven, even
+def test_made_whole(pool: Pool, length: int) -> None:
+    assert pool.run(gather, 3, ["uint8", "int64", "bool", "float32"], (3, 1), length) == [[1]] * 3
+
+
+def both(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    assert type(batch["tokens"]) is Tensor
+    return {"ids": batch["tokens"], "labels": batch["tokens"]}
+
+
+class OnTokens(modules.GPT):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(both(batch), batch_idx)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        super().validation_step(both(batch), batch_idx)
+
+
+def fit_tokens(files: list[Path], strategy: dict[str, Any] | None, world: int, workers: int = 0) -> dict[str, Any]:
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # loaders may start workers
+    recorder = jobs.Recorder()
+    trainer = Trainer(
+        **{**jobs.QUIET, "max_epochs": 1},
+        devices=world,
+        strategy=jobs.strategy_of(strategy),
+        callbacks=[recorder],
+        **({"plugins": jobs._alone()} if strategy is None else {}),
+    )
+    data = TokenDataset(files, 32)
+    torch.manual_seed(7)
+    train = DataLoader(data, batch_size=2, shuffle=True, num_workers=workers)
+    trainer.fit(OnTokens(), train, DataLoader(Subset(data, [0, 1, 2])))
+    report = trainer.strategy.report if isinstance(trainer.strategy, AutoSPStrategy) else None
+    assert type(data[0]["tokens"]) is Tensor  # whole again after training
+    return {
+        "curve": recorder.curve,
+        "gradients": {name: value.numpy() for name, value in recorder.gradients.items()},
+        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "plain": True,
+        "notes": report.notes if report else None,
+    }
+
+
+@pytest.mark.dist
+def test_trainer(pool: Pool, tmp_path: Path) -> None:
+    files = write(tmp_path, [200, 33])
+    one = pool.run(fit_tokens, 1, files, None, 1)[0]
+    for run in pool.run(fit_tokens, 2, files, FULL, 2, workers=1):
+        assert_same(run, one)
+        assert "train batches are loaded by every rank in slices (sharded): TokenDataset reads slices" in run["notes"]
+
+
+def fit_other_samples(files: list[Path]) -> None:
+    class Order(torch.utils.data.Sampler[int]):
+        def __iter__(self) -> Any:
+            return iter([[0, 1], [1, 0]][dist.get_rank()])
+
+    trainer = Trainer(**jobs.QUIET, max_epochs=1, devices=2, strategy=AutoSPStrategy(batch_source="sharded"))
+    trainer.fit(OnTokens(), DataLoader(TokenDataset(files, 32), sampler=Order()))
+
+
+@pytest.mark.dist
+def test_slices_of_different_samples_are_refused(pool: Pool, tmp_path: Path) -> None:
+    for outcome in pool.outcomes(fit_other_samples, 2, write(tmp_path, [200])):
+        assert "the ranks of sequence group 0 loaded different batches" in outcome.message
+
+
+@pytest.mark.dist
+def test_sharded_needs_a_dataset_that_can(pool: Pool) -> None:
+    for outcome in pool.outcomes(jobs.fit, 2, "GPT", {"batch_source": "sharded"}, 2):
+        assert outcome.kind == "ValueError"
+        assert "the loader's is a Tokens" in outcome.message
