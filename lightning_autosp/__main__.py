@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lightning_autosp.check import CheckError, check_target
+from lightning_autosp.data.write import WriteError, write_tokens
 from lightning_autosp.memory.devices import DEVICES
 from lightning_autosp.plan import plan_target
-from lightning_autosp.targets import TargetError
+from lightning_autosp.targets import TargetError, named_object
 
 __all__ = ["main"]
 
@@ -25,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_check(commands)
     _add_plan(commands)
+    _add_tokens(commands)
     arguments = vars(parser.parse_args(argv))
     return arguments.pop("run")(**arguments)
 
@@ -117,6 +120,40 @@ def _plan(*, as_json: bool, save: str | None, **options: object) -> int:
         return _report_error(error, "fits", as_json=as_json)
     print(json.dumps(plans[-1].to_dict(), indent=2) if as_json else "\n\n".join(map(str, plans)))  # noqa: T201
     return 0 if plans[-1].best[1].fits else 1
+
+
+def _add_tokens(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "tokens",
+        help="write a token file from text or JSONL",
+        description="Write the tokens of documents, and where each starts, for lightning_autosp.data.TokenDataset. The same "
+        "command goes on after an interruption. Exit codes: 0 written, 2 could not be written.",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="the token file (file.npy)")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="a .jsonl file, each line of which is a document, or a file that is one"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="NAME",
+        help="package.module:name or path/to/file.py:name: something that is called with a text and gives its tokens",
+    )
+    parser.add_argument("--dtype", default="uint32", help="of the tokens written (default: uint32)")
+    parser.add_argument("--end-of-document", type=int, metavar="ID", help="a token to write after each document")
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="where a line of JSONL has its text (default: text)")
+    parser.add_argument("--overwrite", action="store_true", help="start from the beginning, whatever is there")
+    parser.add_argument("--quiet", dest="progress", action="store_false", help="show no bar")
+    parser.set_defaults(run=_tokens)
+
+
+def _tokens(*, output: str, sources: list[str], tokenizer: str, **options: Any) -> int:
+    try:
+        number = write_tokens(sources, output, named_object(tokenizer), **options)
+    except (TargetError, WriteError) as error:
+        return _report_error(error, "written", as_json=False)
+    print(f"{output}: {number} tokens")  # noqa: T201
+    return 0
 
 
 if __name__ == "__main__":
