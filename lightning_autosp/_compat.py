@@ -317,3 +317,13 @@ def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call
+
+
+def default_store() -> Any:
+    """Return the key-value store that the processes of the default group share."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def collectives_started(group: torch.distributed.ProcessGroup) -> int:
+    """Return how many collectives this process has started in a group."""
+    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]

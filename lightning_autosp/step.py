@@ -223,6 +223,19 @@ class CompiledStep:
             self._finish_attributes()
         return self._finished(result)
 
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether it is, as far as it has run."""
+        return self._mode == "whole"
+
+    def repeat(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step once more, where what it logs has been logged already."""
+        self._deferred.silent = True
+        try:
+            return self(*args, **kwargs)
+        finally:
+            self._deferred.silent = False
+
     def _refuse_fixed_length(self, captured: Captured) -> None:
         """Have a step captured again if it fixes the sequence's length to a size of the module.
 
@@ -330,6 +343,8 @@ class _Deferred:
         self._module = module
         self._metrics = [metric for metric in module.modules() if isinstance(metric, (Metric, MetricCollection))]
         self._queue: list[tuple[Any, ...]] = []
+        self.silent = False
+        """Whether recorded calls are dropped instead of made."""
         queue = self._queue  # Dynamo replays appends to a list it reached through a closure
 
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -388,7 +403,7 @@ class _Deferred:
 
     def replay(self, finish: Callable[[Any], Any]) -> None:
         """Make the recorded calls, in order, `finish` applied to their arguments."""
-        calls = [finish(call) for call in self._queue]
+        calls = [] if self.silent else [finish(call) for call in self._queue]
         self._queue.clear()
         for what, *rest in calls:
             if what == "log":

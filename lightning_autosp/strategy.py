@@ -10,11 +10,14 @@ trainer.fit(module, datamodule)
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import types
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_args
@@ -38,7 +41,7 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
@@ -57,14 +60,15 @@ from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum
 from lightning_autosp.data.sources import SOURCES, BatchSource, choose_source, share
 from lightning_autosp.data.tokens import make_whole, sequence_shards, sharded_datasets
-from lightning_autosp.memory.devices import device_kind, device_of, free_host_memory, limit_bytes
-from lightning_autosp.memory.estimate import States, optimizer_memory
+from lightning_autosp.memory.devices import device_kind, device_of, format_bytes, free_host_memory, limit_bytes
+from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
 from lightning_autosp.memory.host import require_pinning
 from lightning_autosp.memory.partition import MemoryOptions
 from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh, resolve_sizes
 from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
 from lightning_autosp.plan import Plan, Planner
+from lightning_autosp.recovery import FIRST_STEPS, Before, Gradients, Meeting
 from lightning_autosp.saved import SavedPlan
 from lightning_autosp.step import CompiledStep, batch_tensors
 
@@ -208,6 +212,11 @@ class AutoSPStrategy(ParallelStrategy):
         self._optimized_names: dict[int, str] = {}
         """Names of the parameters optimizers hold: still needed when a checkpoint is saved after the Trainer has finished."""
         self._steps: dict[str, CompiledStep] = {}
+        self._before: Before | None = None
+        """In the first steps, what it takes to run the step again."""
+        self._steps_of: Counter[tuple[torch.Size, ...]] = Counter()
+        """Training steps by the shapes of their batch."""
+        self._planned_again, self._meetings = False, 0
         self._checked_stages: set[Any] = set()
         self._metric_groups: list[tuple[Metric, Any]] = []
         self._sharded_datasets: list[Any] = []
@@ -555,6 +564,8 @@ class AutoSPStrategy(ParallelStrategy):
     def teardown(self) -> None:
         self._print_report()
         self._steps.clear()
+        self._steps_of.clear()
+        self._before, self._planned_again = None, False
         self._checked_stages.clear()
         for metric, group in self._metric_groups:
             metric.process_group = group
@@ -640,23 +651,145 @@ class AutoSPStrategy(ParallelStrategy):
 
     # Steps.
 
-    def _step(self, kind: str, context: AbstractContextManager[None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _step(
+        self,
+        kind: str,
+        context: AbstractContextManager[None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        repeated: bool = False,
+    ) -> Any:
         module = self.lightning_module
         assert module is not None
         assert self._parameters is not None
         if kind not in self._steps:
             self._steps[kind] = CompiledStep(module, kind, self._compiler, self._parameters, self._sequence_dim)
         with context:
-            return self._steps[kind](*args, **kwargs)
+            return self._steps[kind].repeat(*args, **kwargs) if repeated else self._steps[kind](*args, **kwargs)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._read_peak()
-        result = self._step("training_step", self.precision_plugin.train_step_context(), args, kwargs)
-        loss = result["loss"] if isinstance(result, Mapping) and "loss" in result else result
+        module = self.lightning_module
+        assert module is not None
+        shapes = tuple(tensor.shape for tensor in batch_tensors((args, kwargs)))
+        self._steps_of[shapes] += 1
+        self._before = Before.of(module, args, kwargs, self.root_device) if self._steps_of[shapes] <= FIRST_STEPS else None
+        run = functools.partial(self._step, "training_step")
+        result = self._run_or_plan_again(
+            "forward",
+            lambda: run(self.precision_plugin.train_step_context(), args, kwargs),
+            lambda before: run(self.precision_plugin.train_step_context(), *before.arguments),
+        )
+        loss = _loss_of(result)
         if isinstance(loss, Tensor):
             _refuse_loss(loss, self._checkpoint_policy)
         return result
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        backward = super().backward
+        module = self.lightning_module
+        assert module is not None
+
+        def again(before: Before) -> None:
+            context = self.precision_plugin.train_step_context()
+            result = self._step("training_step", context, *before.arguments, repeated=True)
+            backward(_loss_of(result) / module.trainer.accumulate_grad_batches, optimizer, *args, **kwargs)
+
+        self._run_or_plan_again("backward", lambda: backward(closure_loss, optimizer, *args, **kwargs), again, closure_loss)
+        self._before = None
+
+    def _run_or_plan_again(self, phase: str, run: Callable[[], T], again: Callable[[Before], T], loss: Tensor | None = None) -> T:
+        """Run a part of a training step; if the first steps run out of memory, plan with more set aside, and run the step again.
+
+        Args:
+            phase: "forward" or "backward".
+            run: Does it.
+            again: Does it with what there was before the step.
+            loss: Of the forward whose backward it is.
+
+        Raises:
+            torch.OutOfMemoryError: With what was predicted, if that does not help, on every rank that can say so.
+        """
+        before = self._before
+        if before is None:
+            return run()
+        meshes = self._meshes
+        groups = [dist.group.WORLD, meshes.sequence_group, meshes.data_group, meshes.flat.get_group()]
+        name = f"{meshes.flat.get_group().group_name}/{self._meetings}"
+        meeting = Meeting(name, self.global_rank, self.world_size, groups)  # type: ignore[arg-type]
+        gradients = Gradients(list(self._parameters.owned.values()) if self._parameters and phase == "backward" else [])
+        try:
+            return run()
+        except torch.OutOfMemoryError as error:
+            failed = error.with_traceback(None)  # its frames hold what the step made
+        except RuntimeError as error:
+            others = meeting.others()
+            if others:
+                raise self._out_of_memory(phase, f"rank {others[0]} ran out of memory, and this one waited for it") from error
+            raise
+        if loss is not None:
+            loss.detach_()  # what was kept for backward goes
+        hopeless = self._why_hopeless() or ("" if gradients.undo() else "gradients were partly added to those of earlier batches")
+        cuda = self.root_device.type == "cuda"
+        measured = torch.cuda.max_memory_allocated(self.root_device) if cuda else 0
+        hopeless, measured = meeting.wait(meeting.report(phase, hopeless, measured))
+        if hopeless:
+            raise self._out_of_memory(phase, hopeless) from failed
+        self._plan_with_less(phase, measured)
+        del failed
+        gc.collect()
+        if cuda:
+            torch.cuda.synchronize(self.root_device)
+            torch.cuda.empty_cache()
+        before.restore()
+        try:
+            return again(before)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(phase, "memory was planned again, and the step still takes too much") from error
+
+    def _why_hopeless(self) -> str:
+        """Return why planning again would not help; "" if it may."""
+        step = self._steps.get("training_step")
+        if self._planned_again:
+            return "memory has been planned again already"
+        if self._saved is not None or self._checkpoint_policy != "auto":
+            asked = f"checkpoint_policy={self._checkpoint_policy!r}" if self._saved is None else f"plan={self._saved.path!r}"
+            return f"{asked} leaves nothing to choose"
+        if step is None or not step.is_one_graph:
+            return "the step is not one graph, and pieces of it that ran cannot be undone"
+        return "" if self._training_estimates() else "it was not planned yet"
+
+    def _training_estimates(self) -> list[MemoryEstimate]:
+        return [step.memory for step in self.report.steps if step.kind == "training_step" and step.memory is not None]
+
+    def _plan_with_less(self, phase: str, measured: int) -> None:
+        """Have the training step compiled again, with so much set aside that what did not fit does not seem to."""
+        memory = self._compiler.memory
+        assert memory is not None
+        last = self._training_estimates()[-1]
+        excess = max(measured - last.peak, (last.limit or 0) - last.peak, 0) + last.peak // 20
+        self._compiler = replace(self._compiler, memory=replace(memory, overhead=memory.overhead + excess, decisions={}))
+        del self._steps["training_step"]
+        self._planned_again = True
+        self._meetings += 1
+        note = (
+            f"training_step: out of memory in {phase}, {format_bytes(last.peak)} predicted; "
+            f"planned again with {format_bytes(excess)} more set aside"
+        )
+        self.report.notes.append(note)
+        rank_zero_warn(f"lightning-autosp: {note}.")
+
+    def _out_of_memory(self, phase: str, why: str) -> torch.OutOfMemoryError:
+        rows = [row for one in self._training_estimates() for row in one.rows()]
+        table = "\n".join(f"  {head:<12} {text}" for head, text in rows)
+        return torch.OutOfMemoryError(
+            f"Out of memory in {phase} of the training step: {why}. What was predicted:\n{table}\n"
+            "Use a shorter sequence, more ranks, or a smaller memory_limit (what the device has free may not be all in one piece); "
+            "`python -m lightning_autosp plan` shows what every checkpoint policy takes."
+        )
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -854,6 +987,10 @@ def _refuse_module(module: nn.Module) -> None:
             f"{len(placed)} parameter(s) ({placed[0]!r}, ...) are DTensors already{mixture}. Strategy 'autosp' needs plain "
             f"parameters: it shards them itself (parameter_sharding='full')."
         )
+
+
+def _loss_of(result: Any) -> Any:
+    return result["loss"] if isinstance(result, Mapping) and "loss" in result else result
 
 
 def _refuse_loss(loss: Tensor, policy: str) -> None:
