@@ -33,7 +33,7 @@ from lightning_autosp.compiler.specialise import TILE_ROWS, Compiler, LoweredSte
 from lightning_autosp.memory.devices import DeviceKind, device_kind, format_bytes, parse_bytes
 from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
 from lightning_autosp.memory.partition import Agreed, Decision, MemoryOptions, Partitioner
-from lightning_autosp.memory.policy import CheckpointPolicy
+from lightning_autosp.memory.policy import LEAST, CheckpointPolicy
 from lightning_autosp.parameters import Entry, enter_parameter, largest_part, parameter_slots
 from lightning_autosp.saved import ProgramFacts, SavedPlan, torch_release
 from lightning_autosp.step import CompiledStep
@@ -298,13 +298,12 @@ class Planner:
         plan = self.at(self.length if length is None else length)
         return plan if plan.best[1].fits or not self.tile() else self.at(plan.length)
 
-    def at(self, length: int, policies: Sequence[CheckpointPolicy] = POLICIES, *, mixtures: bool = True) -> Plan:
+    def at(self, length: int, policies: Sequence[str] = POLICIES) -> Plan:
         """Return the plan for sequences of that length.
 
         Args:
             length: Positions of the longest sequence; others keep their ratio to it.
             policies: Which to estimate.
-            mixtures: Whether "auto" may find something between the others, which takes a while.
 
         Raises:
             PlanError: If the module works with the batch's length only.
@@ -339,9 +338,8 @@ class Planner:
             states = replace(held, inputs=batch)
 
             def divide(gm: fx.GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
-                for name, (decision, estimate) in self._decide(
-                    gm, joint_inputs, states, parameters, policies, mixtures, options
-                ).items():
+                found = self._decide(gm, joint_inputs, states, parameters, policies, options)
+                for name, (decision, estimate) in found.items():
                     decisions[name], estimates[name] = decision, estimate
                 raise _Divided
 
@@ -369,7 +367,7 @@ class Planner:
         decision = decision._replace(tiled=self.lowered.is_tiled, kept=(), offloaded=())
         return SavedPlan(name, self._step, torch_release(), self.world, self.parameters.sharded, facts, decision)
 
-    def _options(self, policy: CheckpointPolicy) -> MemoryOptions:
+    def _options(self, policy: str) -> MemoryOptions:
         overhead = self.device.overhead
         return MemoryOptions(policy, self.limit, False, self.device.roofline, overhead, self.host_limit, fused=self._fused)
 
@@ -379,21 +377,20 @@ class Planner:
         joint_inputs: Sequence[Any],
         states: States,
         parameters: Sequence[int],
-        policies: Sequence[CheckpointPolicy],
-        mixtures: bool,
+        policies: Sequence[str],
         options: Mapping[str, Any],
     ) -> dict[str, Agreed]:
         joint = Partitioner.read(gm, options["num_fwd_outputs"], parameters, fused=self._fused)
         default = None
         found: dict[str, Agreed] = {}
         for policy in policies:
-            partitioner = Partitioner(replace(self._options(policy), one_decision=not mixtures), states, parameters)
+            partitioner = Partitioner(self._options(policy), states, parameters)
             if default is None and policy in ("none", "auto"):
                 default = partitioner.default(gm, joint, joint_inputs, **options)
             partitioner.decide(joint, default or set())
             assert partitioner.decided is not None
             assert partitioner.estimate is not None
-            found[policy] = (partitioner.decided, partitioner.estimate)
+            found[partitioner.decided.policy if policy == LEAST else policy] = (partitioner.decided, partitioner.estimate)
         return found
 
     @property
@@ -407,23 +404,22 @@ class Planner:
             symbol: max(1, round(size * length / self.length)) if symbol in symbols else size for symbol, size in self.sizes.items()
         }
 
-    def longest(self, policies: Sequence[CheckpointPolicy] | None = None, *, granularity: float = 0.01) -> tuple[Plan, Plan | None]:
+    def longest(self, policies: Sequence[str] = (LEAST,), *, granularity: float = 0.01) -> tuple[Plan, Plan | None]:
         """Return the plan of the longest sequence that fits, and that of the shortest tried that does not.
 
         Args:
-            policies: Which may be used. Default: what takes least: "full", with a host "auto".
+            policies: Which may be used. Default: what takes least.
             granularity: How close the two lengths have to be, relatively.
 
         Raises:
             PlanError: If not even one position on each rank fits.
         """
-        policies = policies or (("auto",) if self.host_limit else ("full",))
         multiple = self.world * 128
         fits: Plan | None = None
         fails: Plan | None = None
         length = multiple * 8
         for _ in range(12):
-            plan = self.at(length, policies, mixtures=False)
+            plan = self.at(length, policies)
             best = plan.best[1]
             if plan.best[1].fits:
                 fits = plan if fits is None or plan.length > fits.length else fits

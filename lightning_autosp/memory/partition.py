@@ -24,7 +24,7 @@ from lightning_autosp.memory.estimate import (
     estimate_training,
 )
 from lightning_autosp.memory.joint import Joint, Operator, Transfer, unit
-from lightning_autosp.memory.policy import CheckpointPolicy, Choice, Limits, Recomputation, choose, keep_for, place
+from lightning_autosp.memory.policy import Choice, Limits, Recomputation, choose, keep_for, place
 
 __all__ = ["Agreed", "Decision", "DoesNotFitError", "MemoryOptions", "Partitioner", "SavedPlanError"]
 
@@ -68,7 +68,7 @@ class MemoryOptions:
     """How memory is planned.
 
     Attributes:
-        policy: Which values are kept for backward.
+        policy: Which values are kept for backward: a `CheckpointPolicy`, or `memory.policy.LEAST`.
         limit: Bytes a rank may take in all; `None`: any.
         refuse: Whether a step that is predicted to take more is an error, or only reported.
         roofline: What time is estimated by.
@@ -83,7 +83,7 @@ class MemoryOptions:
         decisions: What was decided for each kind of step, where that holds for all.
     """
 
-    policy: CheckpointPolicy
+    policy: str
     limit: int | None
     refuse: bool
     roofline: Roofline

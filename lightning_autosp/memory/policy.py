@@ -3,6 +3,8 @@
 - "none": PyTorch's own choice, the least bytes among those that cost no matrix product (its min-cut).
 - "attention": attention's results, their log-sum-exp, what collectives brought, and a narrow cut of the graph before each.
 - "full": the cuts alone.
+- "full/2", "full/3", "full/4", which "auto" tries where "full" does not fit: of the cuts, counted from the last, every second and
+  so on. No more is computed again, but of more layers at a time.
 - "offload": the cuts alone, on the host (`memory.offload`).
 - "auto": the least time computing again and waiting for the host, among all of these and mixtures of them, whose simulated peak
   fits a limit. What is kept is moved to the host, the first made first, only as far as the peak does not fit otherwise.
@@ -35,6 +37,11 @@ PATIENCE = (3, 1)
 
 EXHAUSTIVE = 10
 """So many candidates are all tried in every combination."""
+
+SPARSER = ("full/2", "full/3", "full/4")
+
+LEAST = "least"
+"""In place of a policy: the first that fits of "full" and `SPARSER`, or what takes least."""
 
 
 @dataclass
@@ -72,8 +79,8 @@ def must_keep(joint: Joint) -> set[fx.Node]:
 
 
 def keep_for(joint: Joint, policy: str) -> set[fx.Node]:
-    """Return the operators that "full", "offload" or "attention" keeps."""
-    kept = must_keep(joint) | cuts(joint)
+    """Return the operators that a policy other than "none" keeps."""
+    kept = must_keep(joint) | cuts(joint, int(policy.partition("/")[2] or 1))
     if policy == "attention":
         found = {node for node in joint.nodes if joint.is_activation(node) and (is_attention(node) or is_collective(node))}
         kept |= found | _waits(found)
@@ -106,8 +113,8 @@ def _bytes_at(joint: Joint, node: fx.Node) -> int:
     return joint.memory.workspace[node] + sum(joint.memory.made[node].values())
 
 
-def cuts(joint: Joint) -> set[fx.Node]:
-    """Return the operators whose results are alive at the narrowest place before each anchor."""
+def cuts(joint: Joint, every: int = 1) -> set[fx.Node]:
+    """Return the operators whose results are alive at the narrowest place before each anchor, or before the last and every n-th."""
     order = [node for node in joint.nodes if node in joint.forward and joint.is_activation(node)]
     position = {node: index for index, node in enumerate(order)}
     last: dict[int, int] = {}
@@ -131,10 +138,11 @@ def cuts(joint: Joint) -> set[fx.Node]:
         widths.append(sum(alive.values()))
     kept: set[fx.Node] = set()
     start = 0
-    for anchor in anchors(joint, order):
+    found = anchors(joint, order)
+    for index, anchor in enumerate(found, start=1):
         stop = position[anchor]
         places = range(start, stop)
-        if places:
+        if places and (len(found) - index) % every == 0:
             # The last of equally narrow places: what lies between it and the anchor is what backward needs first.
             best = min(places, key=lambda index: (widths[index] or float("inf"), -index))
             if widths[best]:
@@ -259,7 +267,7 @@ def choose(
 
     Args:
         joint: The graph.
-        policy: A `CheckpointPolicy`.
+        policy: A `CheckpointPolicy`, or `LEAST`.
         roofline: What time is estimated by.
         limits: What it may take.
         default: What PyTorch's partitioner would keep.
@@ -269,6 +277,8 @@ def choose(
         The choice; of "auto" the fastest that fits, or the smallest there is if none does (`fits` is then false).
     """
     again = Recomputation(joint, roofline)
+    if policy == LEAST:
+        return _least(joint, again, limits)
     if policy != "auto":
         kept = default if policy == "none" else keep_for(joint, policy)
         # What is named is done; only "auto" moves what does not fit.
@@ -276,11 +286,20 @@ def choose(
     tried = [evaluate(joint, "none", default, again, limits)]
     if tried[0].fits and not tried[0].schedule.offloaded:
         return tried[0]
-    full = evaluate(joint, "full", keep_for(joint, "full"), again, limits)
-    tried += [full, evaluate(joint, "attention", keep_for(joint, "attention"), again, limits)]
-    if full.fits and mixtures:
-        tried.append(_grow(joint, full, again, limits))
+    least = _least(joint, again, limits)
+    tried += [least, evaluate(joint, "attention", keep_for(joint, "attention"), again, limits)]
+    if least.fits and mixtures:
+        tried.append(_grow(joint, least, again, limits))
     return min(tried, key=lambda one: (*_rank(one), one.peak))
+
+
+def _least(joint: Joint, again: Recomputation, limits: Limits) -> Choice:
+    tried: list[Choice] = []
+    for policy in ("full", *SPARSER):
+        tried.append(evaluate(joint, policy, keep_for(joint, policy), again, limits))
+        if tried[-1].fits:
+            break
+    return min(tried, key=_rank)
 
 
 def candidates(joint: Joint, again: Recomputation, kept: set[fx.Node]) -> list[fx.Node]:
