@@ -13,7 +13,9 @@ import modules
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from pool import Pool
 from test_fit import FULL, assert_same
 from torch import Tensor
@@ -320,3 +322,52 @@ def test_trainer(pool: Pool, source: str, stream: bool) -> None:
         assert [run["opened"] for run in runs] == [2, 0]
     name = "broadcast" if source == "auto" else source
     assert f"({name}): " in " ".join(note for note in runs[0]["notes"] if note.startswith("train batches are loaded by"))
+
+
+class Writer(BasePredictionWriter):
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self.indices: list[Any] = []
+
+    def write_on_batch_end(self, trainer: Any, module: Any, prediction: Any, batch_indices: Any, *args: Any) -> None:
+        self.indices.append(batch_indices)
+
+
+def predict_from(source: str, data: int) -> tuple[list[Any], list[list[int]]]:
+    writer = Writer()
+    strategy = AutoSPStrategy(batch_source=source, data_parallel_size=data)
+    trainer = Trainer(**jobs.QUIET, devices=2 * data, strategy=strategy, callbacks=[writer], limit_predict_batches=3)
+    predicted = trainer.predict(modules.GPT(), DataLoader(modules.Tokens(11, 16), batch_size=2))
+    return writer.indices, [list(one.shape) for one in predicted]
+
+
+@pytest.mark.parametrize("source", ["replicated", "broadcast", "exchange"])
+def test_prediction_writers_are_told_the_samples(pool: Pool, source: str) -> None:
+    for indices, shapes in pool.run(predict_from, 2, source, 1):
+        assert indices == [[0, 1], [2, 3], [4, 5]]
+        assert shapes == [[2, 16, modules.VOCABULARY]] * 3
+
+
+def test_groups_predict_samples_of_their_own(pool: Pool) -> None:
+    runs = pool.run(predict_from, 4, "exchange", 2)
+    assert [run[0] for run in runs] == [[[0, 2], [4, 6], [8, 10]]] * 2 + [[[1, 3], [5, 7], [9]]] * 2
+
+
+class Stateful(list):  # type: ignore[type-arg]
+    def state_dict(self) -> dict[str, int]:
+        return {"at": 3}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.append(state["at"])
+
+
+def stateful() -> list[Any]:
+    dist.init_process_group("gloo")
+    groups = ParallelMesh.create("cpu", 1, 2).host
+    loaders = [share(Stateful(), source, groups, print) for source in ("broadcast", "exchange")]
+    loaders[0].load_state_dict(loaders[0].state_dict())
+    return [[isinstance(loader, _Stateful) for loader in loaders], list(loaders[0])]
+
+
+def test_position_of_a_stateful_loader(pool: Pool) -> None:
+    assert pool.run(stateful, 2) == [[[True, False], [3]]] * 2

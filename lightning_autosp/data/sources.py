@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -100,6 +101,8 @@ def choose_source(loader: Any, asked: BatchSource, groups: Groups) -> tuple[Batc
             f"batch_source='sharded' needs a dataset that reads slices of its sequences, as lightning_autosp.data.TokenDataset "
             f"does; the loader's is a {found}. Use 'auto'."
         )
+    if asked == "exchange" and isinstance(getattr(loader, "batch_sampler", None), _IndexBatchSamplerWrapper):
+        return "broadcast", "batch_source='exchange', but predictions are written with the numbers of samples in order"
     if asked != "auto":
         return asked, f"batch_source={asked!r}"
     if isinstance(loader, DataLoader) and (able := sharded_datasets(dataset)):
@@ -109,8 +112,9 @@ def choose_source(loader: Any, asked: BatchSource, groups: Groups) -> tuple[Batc
     if isinstance(loader.dataset, IterableDataset):
         return "broadcast", f"{type(loader.dataset).__name__} is an IterableDataset"
     sampler, batches = loader.sampler, loader.batch_sampler
-    # Lightning puts its own class around batch samplers when it predicts.
-    if batches is not None and type(batches) is not BatchSampler and not hasattr(batches, "seen_batch_indices"):
+    if isinstance(batches, _IndexBatchSamplerWrapper):  # Lightning's own, when it predicts
+        batches = batches._batch_sampler
+    if batches is not None and type(batches) is not BatchSampler:
         return "broadcast", f"{type(batches).__name__} is a batch sampler that is not known"
     if isinstance(sampler, DistributedSampler):
         if groups.num_groups < sampler.num_replicas == groups.world_size:
@@ -224,9 +228,11 @@ class _Rounds:
         self._own = _Outcome("end")
         self._done = False
         self._pinned = bool(getattr(shared, "pin_memory", False)) and torch.cuda.is_available()
-        self._seen = getattr(getattr(shared, "batch_sampler", None), "seen_batch_indices", None) if not shared._turns else None
-        if self._seen is not None and self._groups.rank not in self._live:
-            self._seen.clear()
+        # Lightning's, when it predicts: it is the batch sampler that writers of predictions learn the samples' numbers from.
+        sampler = getattr(shared, "batch_sampler", None)
+        self._indices = sampler if isinstance(sampler, _IndexBatchSamplerWrapper) and shared._turns is None else None
+        if self._indices is not None and self._groups.rank not in self._live:
+            self._indices.seen_batch_indices = []
         self._num_seen = 0
         before = torch.get_rng_state()
         if self._groups.rank in self._live:
@@ -306,8 +312,8 @@ class _Rounds:
         if self._groups.rank == source:
             return self._send(source)
         header, specs, seen = self._groups.broadcast(None, source)
-        if seen is not None and self._seen is not None:
-            self._seen.extend(seen)
+        if seen and self._indices is not None:
+            self._indices.seen_batch_indices.extend(seen)
         if specs is None:
             return header
         tensors = [torch.empty(shape, dtype=dtype, pin_memory=self._pinned) for shape, dtype in specs]
@@ -331,8 +337,8 @@ class _Rounds:
         elif outcome.kind == "end":
             header = outcome
         specs = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] if outcome.kind == "batch" else None
-        seen = None if self._seen is None else self._seen[self._num_seen :]
-        self._num_seen += len(seen or ())
+        seen = [] if self._indices is None else self._indices.seen_batch_indices[self._num_seen :]
+        self._num_seen += len(seen)
         self._groups.broadcast((header, specs, seen), source)
         for tensor in tensors:
             self._broadcast(tensor, source)
