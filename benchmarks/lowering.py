@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +27,8 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "lowering.json"
 sys.path.insert(0, str(ROOT))
+
+from machine import machine  # noqa: E402
 
 from lightning_autosp.check import Simulation  # noqa: E402
 from lightning_autosp.compiler.capture import capture  # noqa: E402
@@ -169,13 +169,6 @@ def table(row: Row) -> str:
     return "\n".join([*lines, f"  warm, a layer: {row['warm_s_per_layer'] * 1e3:.0f} ms"])
 
 
-def processor() -> str:
-    """Return the name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help="names, with commas between them")
@@ -192,9 +185,8 @@ def main() -> None:
             rows.append(process.submit(measure, name, options.layers, options.num_ranks, options.length).result())
         print(table(rows[-1]), flush=True)
     if options.json:
-        where = {"torch": torch.__version__, "python": platform.python_version(), "cpu": processor(), "date": str(date.today())}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
         print(f"wrote {options.json}")
 
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import sys
 import warnings
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from machine import machine  # noqa: E402
 from models import MODELS, batch_of, make  # noqa: E402
 from one_rank import Measured, fake_ranks, measure_step  # noqa: E402
 
@@ -132,10 +131,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     numbers = [[int(one) for one in text.split(",") if one] for text in (options.lengths, options.ranks)]
     found: dict[str, Any] = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": "cpu",
-        "date": date.today().isoformat(),
+        **machine(),
         "rows": predictions([one for one in options.models.split(",") if one], *numbers),
     }
     if options.budget:

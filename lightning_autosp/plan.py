@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
 from lightning_autosp.collectives import Group
-from lightning_autosp.compiler.backend import DECOMPOSITIONS, CompileBackend
+from lightning_autosp.compiler.backend import CompileBackend, compile_module
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import TILE_ROWS, Compiler, LoweredStep
 from lightning_autosp.memory.devices import DeviceKind, device_kind, format_bytes, parse_bytes
@@ -263,7 +263,7 @@ class Planner:
             raise PlanError(f"{type(module).__name__}.{step} fixes the sequence length, so other lengths cannot be planned.")
         self._one_length = bool(self.lowered.captured.following or compiled.numbers)
         self._state_bytes, self._step = state_bytes, step
-        self._fused = backend == "inductor"
+        self._backend = backend
 
     def tile(self) -> bool:
         """Compute what is wide between two products in tiles, as a step does that does not fit otherwise; whether there is any."""
@@ -343,20 +343,15 @@ class Planner:
                     decisions[name], estimates[name] = decision, estimate
                 raise _Divided
 
-            def forward_only(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+            def forward_only(gm: fx.GraphModule) -> None:
                 partitioner = Partitioner(self._options("none"), states, parameters)
                 partitioner.see(gm)
                 assert partitioner.estimate is not None
                 estimates["none"] = partitioner.estimate
                 raise _Divided
 
-            from torch._dynamo.backends.common import aot_autograd
-
-            compiler = aot_autograd(
-                fw_compiler=forward_only, bw_compiler=forward_only, partition_fn=divide, decompositions=DECOMPOSITIONS
-            )
             with contextlib.suppress(_Divided):
-                compiler(program.module, inputs)
+                compile_module(program.module, inputs, self._backend, forward_only, divide)
         with self._computing():
             facts = self.lowered.facts(program, inputs, sizes)
         saved = {name: self._saved(facts, decision) for name, decision in decisions.items()}
@@ -369,7 +364,9 @@ class Planner:
 
     def _options(self, policy: str) -> MemoryOptions:
         overhead = self.device.overhead
-        return MemoryOptions(policy, self.limit, False, self.device.roofline, overhead, self.host_limit, fused=self._fused)
+        return MemoryOptions(
+            policy, self.limit, False, self.device.roofline, overhead, self.host_limit, fused=self._backend == "inductor"
+        )
 
     def _decide(
         self,
@@ -380,7 +377,7 @@ class Planner:
         policies: Sequence[str],
         options: Mapping[str, Any],
     ) -> dict[str, Agreed]:
-        joint = Partitioner.read(gm, options["num_fwd_outputs"], parameters, fused=self._fused)
+        joint = Partitioner.read(gm, options["num_fwd_outputs"], parameters, fused=self._backend == "inductor")
         default = None
         found: dict[str, Agreed] = {}
         for policy in policies:

@@ -16,6 +16,7 @@ from test_refusals import refused
 
 from lightning_autosp import AutoSPStrategy
 from lightning_autosp.__main__ import main
+from lightning_autosp.compiler.backend import CompileBackend
 from lightning_autosp.memory.devices import device_kind
 from lightning_autosp.plan import Plan, PlanError, Planner
 from lightning_autosp.saved import ProgramFacts, SavedPlan, SavedPlanError
@@ -25,14 +26,21 @@ LENGTH = 96
 
 
 def plan_of(
-    module: str, world: int, *, above: float | None = None, length: int = LENGTH, precision: Any = None, **options: Any
+    module: str,
+    world: int,
+    *,
+    above: float | None = None,
+    length: int = LENGTH,
+    precision: Any = None,
+    backend: CompileBackend = "aot_eager",
+    **options: Any,
 ) -> Plan:
     """Plan as on a laptop, on a batch of another length; within a limit that lies between what "full" and "none" take."""
     batch = next(iter(modules.loader(2, 48, 2)))
     own = getattr(modules, module)(**options)
 
     def planner(limit: int | None) -> Planner:
-        return Planner(own, batch, world=world, device=device_kind("h100"), limit=limit, backend="aot_eager", precision=precision)
+        return Planner(own, batch, world=world, device=device_kind("h100"), limit=limit, backend=backend, precision=precision)
 
     plan = planner(None).at(length)
     if above is None:
@@ -55,6 +63,21 @@ def test_training_does_what_was_planned(pool: Pool, world: int, above: float | N
     assert last["policy"] == "none"  # one sample instead of two: planned as without
     assert first["peak"] - first["categories"]["overhead"] == plan.best[1].peak - CONTEXT
     assert first["saved"] == plan.best[1].saved
+
+
+def test_inductor_runs_a_mixture_that_was_planned_for_it(tmp_path: Path) -> None:
+    """Its joint graph has other operators, and those are what was planned."""
+    plan = plan_of("HFLlama", 1, above=0.4, backend="inductor")
+    assert plan.best[1].policy == "mixture"
+    plan.save(tmp_path / "plan.json")
+    strategy = AutoSPStrategy(plan=tmp_path / "plan.json", compile_backend="inductor")
+    trainer = jobs.Trainer(**jobs.QUIET, devices=1, strategy=strategy, max_steps=1)
+    trainer.fit(modules.HFLlama(), modules.loader(2, LENGTH, 2))
+    memory = strategy.report.steps[0].memory
+    assert memory is not None
+    assert memory.policy == "mixture"
+    assert memory.saved == plan.best[1].saved
+    assert memory.peak - memory.categories["overhead"] == plan.best[1].peak - CONTEXT
 
 
 @pytest.mark.dist

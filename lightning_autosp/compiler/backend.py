@@ -66,7 +66,7 @@ def compile_module(
         fw_compiler=eager,
         bw_compiler=eager,
         partition_fn=partition or _compat.min_cut_partition,
-        decompositions=DECOMPOSITIONS,
+        decompositions={torch.ops.aten.native_dropout.default: _dropout},
     )
     return compiler(module, list(inputs))
 
@@ -77,10 +77,6 @@ def _dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
         return NotImplemented
     mask = torch.bernoulli(torch.empty_like(x, dtype=torch.bool), 1 - p)
     return x * mask * (1 / (1 - p)), mask
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten.native_dropout.default: _dropout}
-"""What `"aot_eager"` runs in the place of operators."""
 
 
 def _inductor(
