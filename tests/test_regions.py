@@ -168,6 +168,15 @@ TILED: dict[str, Written] = {
     ).view_as(q),
     "retention": retention,
     "disentangled": disentangled,
+    "rows_that_attend_to_nothing": lambda n, q, k, v: (
+        (
+            dots(q, k)
+            + torch.zeros(q.shape[2], q.shape[2], dtype=q.dtype).masked_fill(
+                ~(causal(q) & (row_column(q)[1] > 2)), torch.finfo(q.dtype).min
+            )
+        ).softmax(-1)
+        @ v
+    ),
     "repeated": lambda n, q, k, v: (
         dots(q, k).masked_fill_(repeated(q, torch.arange(q.shape[2])[None, None] < 3), -1e300).softmax(-1).type_as(q) @ v
     ),

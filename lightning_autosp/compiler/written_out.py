@@ -115,7 +115,8 @@ def _take_mask(captured: Captured, chain: _Chain) -> fx.Node | None:
         for mask, scores in (end.args, end.args[::-1]):
             if isinstance(mask, fx.Node) and isinstance(scores, fx.Node):
                 proof = prove_mask(mask, captured)
-                if proof.formula is not None and (proof.diagonal or proof.lowest > float("-inf")):
+                # A row that attends to nothing is a mean of all values here; kernels lose it in the log-sum-exp, and its gradient.
+                if proof.formula is not None and proof.diagonal:
                     chain.follow(scores)
                     chain.skip_casts()
                     return mask
