@@ -313,7 +313,7 @@ def _expand(captured: Captured, node: fx.Node) -> None:
     source, repeats = given["self"], list(given["repeats"])
     shape = captured.shape(source.meta["val"])
     sizes = [1] * (len(repeats) - len(shape)) + list(shape)
-    if any(size != 1 and captured.expr(_value(times)) != 1 for size, times in zip(sizes, repeats, strict=True)):
+    if any(size not in (1, result) for size, result in zip(sizes, captured.shape(node.meta["val"]), strict=True)):
         return
     expanded = [times if size == 1 else -1 for size, times in zip(sizes, repeats, strict=True)]
     with captured.graph.inserting_before(node):
@@ -321,10 +321,6 @@ def _expand(captured: Captured, node: fx.Node) -> None:
         new = insert(captured, aten.clone.default, new, like=node)
     node.replace_all_uses_with(new)
     captured.graph.erase_node(node)
-
-
-def _value(size: Any) -> Any:
-    return size.meta["val"] if isinstance(size, fx.Node) else size
 
 
 def _use_flags(captured: Captured, node: fx.Node) -> None:
