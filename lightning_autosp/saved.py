@@ -192,4 +192,4 @@ class SavedPlan:
             raise SavedPlanError(f"plan={self.path!r} is not for this step: {difference}. {_MAKE_ONE} Without it, leave plan away.")
 
 
-_MAKE_ONE = "Make one with `python -m lightning_autosp plan ... --save FILE` or AutoSPStrategy.plan(...).save(FILE)."
+_MAKE_ONE = "Make one with `autosp plan ... --save FILE` or AutoSPStrategy.plan(...).save(FILE)."

@@ -150,7 +150,7 @@ class AutoSPStrategy(ParallelStrategy):
                 predicted to take more is refused before it runs. "auto": what the device has free; then it is only reported.
             host_memory_limit: What a rank may keep on the host between forward and backward, in pinned memory: bytes, text as
                 "96GiB", or a fraction of its share of what is free there. "auto": three quarters of that share.
-            plan: A file that `python -m lightning_autosp plan --save` or `Plan.save` wrote: training does what it says, instead of
+            plan: A file that `autosp plan --save` or `Plan.save` wrote: training does what it says, instead of
                 choosing by itself, for the sequences it was made for, and refuses it, before the first step runs, if the module,
                 the ranks or the batch are others. Batches that come later with other sizes are planned as without.
             strict: Raise, with the line, if anything runs unsharded for want of a rule, if an attention mask above 64 MiB
@@ -788,7 +788,7 @@ class AutoSPStrategy(ParallelStrategy):
         return torch.OutOfMemoryError(
             f"Out of memory in {phase} of the training step: {why}. What was predicted:\n{table}\n"
             "Use a shorter sequence, more ranks, or a smaller memory_limit (what the device has free may not be all in one piece); "
-            "`python -m lightning_autosp plan` shows what every checkpoint policy takes."
+            "`autosp plan` shows what every checkpoint policy takes."
         )
 
     @override
