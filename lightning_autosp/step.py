@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule
@@ -192,6 +192,7 @@ class CompiledStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lengths = mark_sequence((args, kwargs), self.sequence_dim)
         while True:
+            self.compiler.report.last[self.kind] = []
             values = self.parameters.standing_in() if self._mode == "whole" else self.parameters.whole()
             try:
                 masks = contextlib.nullcontext() if self._mode == "eager" else symbolic_block_masks(self.module, (args, kwargs))
@@ -221,7 +222,7 @@ class CompiledStep:
         self._deferred.replay(self._finished)
         if self._mode == "pieces":
             self._finish_attributes()
-        return self._finished(result)
+        return self._deferred.resolved(self._finished(result))
 
     @property
     def is_one_graph(self) -> bool:
@@ -336,8 +337,49 @@ def _headline(error: BaseException) -> str:
     return " ".join([*lines[:1], explanation]).strip()
 
 
+class _Later:
+    """What a metric's `forward` will have returned. The step can log and return it; whatever else it does with it cuts the step."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __getattr__(self, name: str) -> Any:
+        _needs_value()
+
+
+def _needs_value(*args: Any, **kwargs: Any) -> NoReturn:
+    torch._dynamo.graph_break(
+        msg="a metric's value is wanted inside the step; metric.update(), self.log(metric), and logging or returning what "
+        "metric(...) gives need no cut"
+    )
+    raise AssertionError("not reached where a step is one graph")
+
+
+# Looked up on the class, where Python does not ask `__getattr__`.
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "pow",
+    "radd",
+    "rsub",
+    "rmul",
+    "rtruediv",
+    "rpow",
+    "neg",
+    "abs",
+    "float",
+    "int",
+    "bool",
+):
+    setattr(_Later, f"__{_name}__", _needs_value)
+for _name in ("lt", "le", "eq", "ne", "gt", "ge", "len", "iter", "getitem", "contains", "format", "str"):
+    setattr(_Later, f"__{_name}__", _needs_value)
+
+
 class _Deferred:
-    """Calls that would break a graph (`self.log`, `metric.update`), queued while it runs and made when it has returned."""
+    """Calls that would break a graph (`self.log`, metrics), queued while it runs and made when it has returned."""
 
     def __init__(self, module: LightningModule) -> None:
         self._module = module
@@ -345,6 +387,8 @@ class _Deferred:
         self._queue: list[tuple[Any, ...]] = []
         self.silent = False
         """Whether recorded calls are dropped instead of made."""
+        self._returned: dict[int, Any] = {}
+        """What calls returned, by their number in the queue; of the step before where they are dropped."""
         queue = self._queue  # Dynamo replays appends to a list it reached through a closure
 
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -353,11 +397,6 @@ class _Deferred:
         def log_dict(dictionary: Any, *args: Any, **kwargs: Any) -> None:
             queue.append(("log_dict", dict(dictionary) if isinstance(dictionary, dict) else dictionary, args, kwargs))
 
-        def needs_values(*args: Any, **kwargs: Any) -> None:
-            torch._dynamo.graph_break(
-                msg="a metric's value is wanted inside the step; metric.update() and self.log(metric) need no cut"
-            )
-
         def uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compiler.disable(method)
 
@@ -365,9 +404,9 @@ class _Deferred:
         self._queued: list[tuple[Any, str, Any]] = []
         self._direct: list[tuple[Any, str, Any]] = []
         for index, metric in enumerate(self._metrics):
-            self._queued.append((metric, "update", self._updater(index)))
+            self._queued += [(metric, "update", self._updater(index)), (metric, "forward", self._caller(index))]
             # These return what the queued updates would have changed: the step has to be cut there.
-            self._queued += [(metric, name, needs_values) for name in ("forward", "compute", "reset")]
+            self._queued += [(metric, name, _needs_value) for name in ("compute", "reset")]
             for name in ("update", "forward", "compute", "reset"):
                 self._direct.append((metric, name, uncompiled(getattr(metric, name))))
 
@@ -378,6 +417,16 @@ class _Deferred:
             queue.append(("update", index, args, kwargs))
 
         return update
+
+    def _caller(self, index: int) -> Callable[..., _Later]:
+        queue = self._queue
+
+        def forward(*args: Any, **kwargs: Any) -> _Later:
+            later = _Later(len(queue))
+            queue.append(("call", index, args, kwargs))
+            return later
+
+        return forward
 
     @contextlib.contextmanager
     def recording(self, *, one_graph: bool) -> Iterator[None]:
@@ -405,7 +454,8 @@ class _Deferred:
         """Make the recorded calls, in order, `finish` applied to their arguments."""
         calls = [] if self.silent else [finish(call) for call in self._queue]
         self._queue.clear()
-        for what, *rest in calls:
+        for number, call in enumerate(calls):
+            what, *rest = self.resolved(call)
             if what == "log":
                 name, value, args, kwargs = rest
                 self._module.log(name, value, *args, **kwargs)
@@ -414,4 +464,9 @@ class _Deferred:
                 self._module.log_dict(dictionary, *args, **kwargs)
             else:
                 index, args, kwargs = rest
-                self._metrics[index].update(*args, **kwargs)
+                metric = self._metrics[index]
+                self._returned[number] = metric.update(*args, **kwargs) if what == "update" else metric(*args, **kwargs)
+
+    def resolved(self, tree: Any) -> Any:
+        """Return a tree with what metrics returned in the place of what stands for it."""
+        return apply_to_collection(tree, _Later, lambda later: self._returned[later.number], allow_frozen=True)

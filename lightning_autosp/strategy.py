@@ -53,6 +53,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_autosp import checkpoint as checkpoints
+from lightning_autosp.callbacks import count_sequences_once
 from lightning_autosp.check import CheckResult, check
 from lightning_autosp.compiler.backend import resolve_backend
 from lightning_autosp.compiler.report import Report
@@ -189,7 +190,8 @@ class AutoSPStrategy(ParallelStrategy):
         self._asked_sizes = (data_parallel_size, sequence_parallel_size)
         self._parameter_sharding = parameter_sharding
         self._attention = attention
-        self._sequence_dim = sequence_dim
+        self.sequence_dim = sequence_dim
+        """The dimension of batch tensors that holds the sequence."""
         self._batch_source: BatchSource = batch_source
         self._compile_backend = compile_backend
         self._checkpoint_policy = checkpoint_policy
@@ -253,7 +255,7 @@ class AutoSPStrategy(ParallelStrategy):
             batch,
             num_ranks=num_ranks or (asked if isinstance(asked, int) else 2),
             step=step,
-            sequence_dim=self._sequence_dim,
+            sequence_dim=self.sequence_dim,
             rtol=rtol,
             strict=self._strict,
         )
@@ -297,7 +299,7 @@ class AutoSPStrategy(ParallelStrategy):
             limit=None if self._memory_limit == "auto" else limit_bytes(self._memory_limit, kind.memory),
             host_limit=self._planned_host_limit(),
             step=step,
-            sequence_dim=self._sequence_dim,
+            sequence_dim=self.sequence_dim,
             precision=precision,
             sharded=self._parameter_sharding != "replicate",
             backend="aot_eager" if self._compile_backend == "aot_eager" else "inductor",
@@ -437,6 +439,7 @@ class AutoSPStrategy(ParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         meshes = self._meshes
+        count_sequences_once(trainer, meshes.sequence_size, self.data_parallel_size)
         _sync_module_states(module)
         self._share_random_state()
         sharding = self._parameter_sharding
@@ -629,7 +632,7 @@ class AutoSPStrategy(ParallelStrategy):
                 raise MisconfigurationException(f"{module.trainer.state.stage.value}: {error}")  # type: ignore[union-attr]
         batch = make_whole(batch, self._meshes.sequence_group)
         tensors = batch_tensors(batch)
-        error = batch_error(tensors, self._sequence_dim, self.sequence_parallel_size)
+        error = batch_error(tensors, self.sequence_dim, self.sequence_parallel_size)
         if stage not in self._checked_stages and self.world_size > 1:
             self._checked_stages.add(stage)
             error = agree(error, checksum(tensors), self.data_parallel_rank)
@@ -644,7 +647,7 @@ class AutoSPStrategy(ParallelStrategy):
             MisconfigurationException: If the batch is unfit, or ranks of a sequence group hold different ones.
         """
         tensors = batch_tensors(batch)
-        found = batch_error(tensors, self._sequence_dim, self.sequence_parallel_size)
+        found = batch_error(tensors, self.sequence_dim, self.sequence_parallel_size)
         error = agree(found, checksum(tensors), self.data_parallel_rank)
         if error is not None:
             raise MisconfigurationException(error)
@@ -664,7 +667,7 @@ class AutoSPStrategy(ParallelStrategy):
         assert module is not None
         assert self._parameters is not None
         if kind not in self._steps:
-            self._steps[kind] = CompiledStep(module, kind, self._compiler, self._parameters, self._sequence_dim)
+            self._steps[kind] = CompiledStep(module, kind, self._compiler, self._parameters, self.sequence_dim)
         with context:
             return self._steps[kind].repeat(*args, **kwargs) if repeated else self._steps[kind](*args, **kwargs)
 
@@ -814,6 +817,23 @@ class AutoSPStrategy(ParallelStrategy):
             rank_zero_info(f"lightning-autosp: {estimates[0].rows()[0][1]}")
         torch.cuda.reset_peak_memory_stats(self.root_device)
         self._peaks_read += 1
+
+    def flops_of_last(self, kind: str) -> float | None:
+        """Return the floating-point operations of the last step of a kind on one device; `None` if it is not compiled.
+
+        Those of products and attentions, in forward and, if it has one, backward, as PyTorch's `FlopCounterMode` counts them. What
+        is computed again to save memory is left out; a causal attention counts whole.
+        """
+        return sum(one.model_flops() for one in self.report.last.get(kind, [])) or None
+
+    def memory_of_last(self, kind: str) -> dict[str, int]:
+        """Return `predicted_bytes`, the most that a rank takes in such a step, and on CUDA `measured_bytes`."""
+        programs = [one.report.memory for one in self.report.last.get(kind, [])]
+        peaks = [memory.peak for memory in programs if memory is not None]
+        found = {"predicted_bytes": max(peaks)} if peaks else {}
+        if self.root_device.type == "cuda":
+            found["measured_bytes"] = torch.cuda.max_memory_allocated(self.root_device)
+        return found
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:

@@ -11,8 +11,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.text import Perplexity
 
 VOCABULARY, WIDTH, HEADS = 31, 32, 4
 
@@ -188,11 +189,12 @@ class Tables(GPT):
 
 
 class MetricsInEveryWay(GPT):
-    """`update`, a collection, and in training `forward`, whose value is logged."""
+    """`update`, a collection, and in training `forward`, whose value is logged and returned."""
 
     def __init__(self, lr: float = 1e-2) -> None:
         super().__init__(lr)
         self.train_accuracy = MulticlassAccuracy(VOCABULARY, average="micro", ignore_index=-100)
+        self.perplexity, self.mean, self.tokens_seen = Perplexity(ignore_index=-100), MeanMetric(), SumMetric()
         self.several = MetricCollection(
             [MulticlassAccuracy(VOCABULARY, average="macro", ignore_index=-100), MulticlassF1Score(VOCABULARY, ignore_index=-100)]
         )
@@ -200,13 +202,35 @@ class MetricsInEveryWay(GPT):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, logits = self.loss(batch)
         self.log("loss", loss)
-        self.log("train_accuracy", self.train_accuracy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()))
-        return loss
+        accuracy = self.train_accuracy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        self.log("train_accuracy", accuracy)
+        self.perplexity(logits / 8, batch["labels"][:, 1:])
+        self.mean.update(loss, 2.0)
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        self.log_dict({"tokens": self.tokens_seen((batch["labels"] != -100).sum()), "perplexity": self.perplexity})
+        return {"loss": loss, "accuracy": accuracy}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.log("returned", outputs["accuracy"])
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         loss, logits = self.loss(batch)
         self.several.update(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
         self.log_dict(self.several)
+
+
+class MetricOfTheLoss(GPT):
+    """A metric's value is computed with, which only a cut can give."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__(lr)
+        self.accuracy = MulticlassAccuracy(VOCABULARY, average="micro", ignore_index=-100)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss, logits = self.loss(batch)
+        accuracy = self.accuracy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        self.log_dict({"loss": loss, "errors": 1 - accuracy})
+        return loss * (2 - accuracy)
 
 
 class HFLlama(Base):

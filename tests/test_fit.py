@@ -159,11 +159,18 @@ def test_validation_with_a_torchmetric(pool: Pool) -> None:
 
 
 def test_metrics_in_every_way(pool: Pool) -> None:
-    """A metric whose value the step wants cuts the step; one that is only updated does not."""
+    """Metrics that are updated, called, logged and returned do not cut the step."""
     run = fit(pool, "MetricsInEveryWay", FULL, 2, validate=True)
     assert_same(run, reference(pool, "MetricsInEveryWay", validate=True))
-    assert {"train_accuracy", "MulticlassAccuracy", "MulticlassF1Score"} <= run["logged"].keys()
-    assert [one["reason"].split(":")[0] for one in run["report"]["graph_breaks"]] == ["training_step"]
+    names = {"train_accuracy", "returned", "mean", "tokens", "perplexity", "MulticlassAccuracy", "MulticlassF1Score"}
+    assert names <= run["logged"].keys()
+    assert run["report"]["graph_breaks"] == []
+
+
+def test_a_metric_that_the_step_computes_with(pool: Pool) -> None:
+    run = fit(pool, "MetricOfTheLoss", FULL, 2)
+    assert_same(run, reference(pool, "MetricOfTheLoss"))
+    assert ["a metric's value is wanted" in one["reason"] for one in run["report"]["graph_breaks"]] == [True]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

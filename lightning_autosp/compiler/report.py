@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -290,6 +290,20 @@ def _name(node: fx.Node) -> str:
     return node.target.__name__ if is_kept(node.target) else str(node.target)  # type: ignore[union-attr]
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A program that ran.
+
+    Attributes:
+        report: Of it.
+        model_flops: Counts the floating-point operations of its products and attentions on one device, forward and, if it has
+            one, backward, each once.
+    """
+
+    report: StepReport
+    model_flops: Callable[[], float]
+
+
 class Report:
     """What was compiled so far. `str()` and `to_dict()` give it as text and as plain data."""
 
@@ -299,6 +313,8 @@ class Report:
         """Graphs captured for each step kind: 1, plus one for every break and for every change of the code's guards."""
         self.breaks: list[GraphBreak] = []
         self.notes: list[str] = []
+        self.last: dict[str, list[Ran]] = {}
+        """For each step kind the programs that ran when it last did: one, or the pieces of a step that is cut."""
 
     def add(self, step: StepReport) -> None:
         self.steps.append(step)

@@ -8,11 +8,12 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_autosp import _compat
@@ -27,10 +28,12 @@ from lightning_autosp.compiler.emit import Emitter, Program
 from lightning_autosp.compiler.layout import ShardTooShortError, Span
 from lightning_autosp.compiler.plan import Plan
 from lightning_autosp.compiler.regions import join_attention
-from lightning_autosp.compiler.report import Crossing, Report, StepReport
+from lightning_autosp.compiler.report import Crossing, Ran, Report, StepReport
 from lightning_autosp.compiler.rowwise import local_regions, tile, tile_losses
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.tiling import can_be_tiled
+from lightning_autosp.memory.costs import cost
+from lightning_autosp.memory.estimate import model_flops
 from lightning_autosp.memory.meter import LiveBytes
 from lightning_autosp.memory.partition import Decision, DoesNotFitError, MemoryOptions, Partitioner
 from lightning_autosp.saved import ProgramFacts, SavedPlan
@@ -125,6 +128,38 @@ class Compiler:
     ) -> Callable[..., Any]:
         """Compile one rank's program; see `backend.compile_module`."""
         return compile_module(module, inputs, self.backend, on_graph, partition, self.meter)
+
+
+class _CountedError(Exception):
+    """What was to be known of a graph is known."""
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a program was compiled under."""
+
+    device: str
+    autocast: torch.dtype | None
+    gradients: bool
+    trained: frozenset[int]
+    """Inputs of the captured graph, by number, that have a gradient."""
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], tensors: Sequence[Tensor]) -> _Surroundings:
+        device = tensors[0].device.type if tensors else "cpu"
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        trained = frozenset(number for number, tensor in zip(numbers, tensors, strict=True) if tensor.requires_grad)
+        return cls(device, autocast, torch.is_grad_enabled(), trained)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        on = self.autocast is not None
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(self.gradients),
+            torch.autocast(self.device, self.autocast, enabled=on),
+        ):
+            yield
 
 
 class LoweredStep:
@@ -253,12 +288,14 @@ class LoweredStep:
                 break
             except DoesNotFitError:
                 self.tile(TILE_ROWS)
+        ran = Ran(entry, functools.cache(functools.partial(self._model_flops, sizes, _Surroundings.of(program.inputs, tensors))))
         entry.compile_s = time.perf_counter() - start
         compiler.report.add(entry)
         returned = _returned(emitter)
         entry.crossings = [one.crossing for one in returned if one.crossing is not None]
 
         def call(*inputs: Any) -> Any:
+            compiler.report.last.setdefault(compiler.kind, []).append(ran)
             with _rank_stream(compiler.rank_seed, inputs) if program.rank_streams else contextlib.nullcontext():
                 outputs = list(run(*self._tensors(program.inputs, inputs)))
             for one in returned:
@@ -266,6 +303,30 @@ class LoweredStep:
             return outputs
 
         return call
+
+    def _model_flops(self, sizes: dict[sympy.Symbol, int], surroundings: _Surroundings) -> float:
+        """Count the operations of the program of one device, of which nothing is run."""
+        emitter, program = self.emit(sizes, Group("one", 1, 0), None)
+        counted = 0.0
+
+        def count(gm: fx.GraphModule) -> NoReturn:
+            nonlocal counted
+            counted = model_flops(cost(node) for node in _compat.without_duplicates(gm.graph).nodes)
+            raise _CountedError
+
+        def count_joint(gm: fx.GraphModule, joint_inputs: Sequence[Any], **options: Any) -> NoReturn:
+            count(gm)
+
+        with FakeTensorMode(allow_non_fake_inputs=True), surroundings.again(), contextlib.suppress(_CountedError):
+            inputs = []
+            for index in program.inputs:
+                node = self.captured.placeholders[index]
+                value = node.meta["val"]
+                shape = [emitter.integer(size) for size in emitter.facts.shape(node)]
+                trained = index in surroundings.trained
+                inputs.append(torch.empty(shape, dtype=value.dtype, device=value.device, requires_grad=trained))
+            compile_module(program.module, inputs, "aot_eager", count, count_joint)
+        return counted
 
     def facts(self, program: Program, inputs: Sequence[Tensor], sizes: Mapping[sympy.Symbol, int]) -> ProgramFacts:
         """Return what tells a program from others."""

@@ -43,11 +43,13 @@ class Cost:
         flops: Floating-point operations; a multiplication and an addition are two.
         moved: Bytes read and written.
         sent: Bytes a rank hands to a collective.
+        repeated: Those of `flops` that an operator of backward does a second time, within itself: tiles are computed again.
     """
 
     flops: float = 0.0
     moved: float = 0.0
     sent: float = 0.0
+    repeated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,22 @@ def cost(node: fx.Node) -> Cost:
     if is_collective(node):
         return Cost(sent=float(sum(map(_bytes, _values(node.args)))))
     moved = float(sum(map(_bytes, _values((node.args, node.kwargs)))) + sum(map(_bytes, pytree.tree_leaves(node.meta.get("val")))))
-    return Cost(_flops(node), moved)
+    flops, repeated = _flops(node)
+    return Cost(flops, moved, repeated=repeated)
 
 
-def _flops(node: fx.Node) -> float:
+def _flops(node: fx.Node) -> tuple[float, float]:
+    """Return FLOPs, and those of them that are repeated."""
     given: Any = fx.map_arg((node.args, node.kwargs), lambda one: one.meta.get("val"))
     args, kwargs = given
     if node.target is _CPU_FLASH:
-        return float(sdpa_flop_count(*(value.shape for value in args[:3])))
+        return float(sdpa_flop_count(*(value.shape for value in args[:3]))), 0.0
     if node.target is _CPU_FLASH_BACKWARD:
-        return float(sdpa_backward_flop_count(*(value.shape for value in args[:4])))
+        return float(sdpa_backward_flop_count(*(value.shape for value in args[:4]))), 0.0
     if getattr(node.target, "namespace", "") == "autosp":
-        return _own(node, args)[0]
+        return _own(node, args)[:2]
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
-    return float(formula(*args, **kwargs, out_val=node.meta.get("val"))) if formula is not None else 0.0
+    return (0.0 if formula is None else float(formula(*args, **kwargs, out_val=node.meta.get("val")))), 0.0
 
 
 def workspace_bytes(node: fx.Node) -> int:
@@ -120,11 +124,11 @@ def workspace_bytes(node: fx.Node) -> int:
     if getattr(node.target, "namespace", "") != "autosp":
         return 0
     args: Any = fx.map_arg(node.args, lambda one: one.meta.get("val"))
-    return _own(node, args)[1]
+    return _own(node, args)[2]
 
 
-def _own(node: fx.Node, args: Any) -> tuple[float, int]:
-    """Return FLOPs and workspace of one of this package's operators, which run programs in tiles: two of them are tried."""
+def _own(node: fx.Node, args: Any) -> tuple[float, float, int]:
+    """Return FLOPs, those that are repeated, and workspace of an operator that runs a program in tiles: two of them are tried."""
     *backward, inputs, handle = (args[0], args[2], args[3], args[1], args[4]) if _name(node) == "tiles_backward" else args
     tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
     key = (description(handle), tuple((value.shape, value.stride(), value.dtype) for value in tensors), str(backward[1:]))
@@ -134,11 +138,15 @@ def _own(node: fx.Node, args: Any) -> tuple[float, int]:
         with fake_mode, torch.no_grad(), live, flops:
             times = rehearse(handle, inputs, *backward)
         results = sum(map(_bytes, pytree.tree_leaves(node.meta.get("val"))))
-        _tried[key] = flops.total * times, max(0, live.peak - results)
+        repeated = 0.0
+        if backward:
+            with fake_mode, torch.no_grad(), _Flops() as forward:
+                repeated = rehearse(handle, inputs) * forward.total
+        _tried[key] = flops.total * times, repeated, max(0, live.peak - results)
     return _tried[key]
 
 
-_tried: dict[Any, tuple[float, int]] = {}
+_tried: dict[Any, tuple[float, float, int]] = {}
 """By what a program does: layers are alike."""
 
 

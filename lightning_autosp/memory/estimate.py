@@ -6,7 +6,7 @@ import copy
 import inspect
 import itertools
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,13 +17,21 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_autosp.lines import user_line
-from lightning_autosp.memory.costs import Roofline, cost, is_collective
+from lightning_autosp.memory.costs import Cost, Roofline, cost, is_collective
 from lightning_autosp.memory.devices import format_bytes
 from lightning_autosp.memory.joint import Joint, Memory, Peak, Storages
 from lightning_autosp.memory.meter import LiveBytes
 from lightning_autosp.memory.policy import Choice
 
-__all__ = ["MemoryEstimate", "MemoryLimitError", "States", "estimate_forward", "estimate_training", "optimizer_memory"]
+__all__ = [
+    "MemoryEstimate",
+    "MemoryLimitError",
+    "States",
+    "estimate_forward",
+    "estimate_training",
+    "model_flops",
+    "optimizer_memory",
+]
 
 
 class MemoryLimitError(RuntimeError):
@@ -69,7 +77,7 @@ class MemoryEstimate:
         host: Bytes kept for backward on the host.
         limit: Bytes a rank may take; `None` if any.
         flops: Of forward and backward, without what is computed again.
-        flops_again: Of what is computed again.
+        flops_again: Of what is computed again, but for what tiles do within backward.
         seconds_again: What computing again, and waiting for copies to the host and back, costs on the stated roofline.
         step_seconds: Of forward and backward on the same roofline, nothing overlapping but copies to the host and back.
         measured: Most bytes at once in a step that ran; 0 if not measured.
@@ -126,6 +134,7 @@ def estimate_training(
 ) -> MemoryEstimate:
     """Return what a training step takes, its optimizer step included."""
     schedule = choice.schedule
+    once = (node for node in schedule.backward if node in joint.backward)
     forward, backward = schedule.peaks(collect=True)
     grads: Storages = {key: size for node in joint.grads for key, size in joint.memory.made[node].items()}
     phase, peak = max((("forward", forward), ("backward", backward)), key=lambda pair: pair[1].bytes)
@@ -140,7 +149,7 @@ def estimate_training(
         saved=sum(schedule.saved_storages().values()),
         host=sum(schedule.host_storages().values()),
         limit=limit,
-        flops=sum(joint.cost(node).flops for node in (*schedule.forward, *(n for n in schedule.backward if n in joint.backward))),
+        flops=model_flops(joint.cost(node) for node in (*schedule.forward, *once)),
         flops_again=sum(joint.cost(node).flops for node in schedule.recomputed),
         seconds_again=choice.seconds,
         step_seconds=schedule.stalled + sum(roofline.seconds(joint.cost(node)) for node in (*schedule.forward, *schedule.backward)),
@@ -154,6 +163,11 @@ def estimate_training(
         held = {name: size for name, size in _held(states, overhead).items() if name != "gradients"}
         estimate = replace(estimate, peak=step, phase="optimizer step", where="the optimizer", categories={**held, **names})
     return estimate
+
+
+def model_flops(costs: Iterable[Cost]) -> float:
+    """Return the FLOPs of operators, without those that backward does within tiles what forward has done."""
+    return sum(one.flops - one.repeated for one in costs)
 
 
 def estimate_forward(graph: fx.Graph, states: States, limit: int | None, overhead: int) -> MemoryEstimate:
