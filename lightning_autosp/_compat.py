@@ -9,6 +9,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -322,6 +323,17 @@ def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
 def default_store() -> Any:
     """Return the key-value store that the processes of the default group share."""
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+def own_store() -> Any:
+    """Return that store by a connection of its own: a thread that waits for a key keeps a connection from all others."""
+    store = default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
+def set_timeout(group: torch.distributed.ProcessGroup, timeout: timedelta) -> None:
+    """Limit how long collectives of a group wait: groups of a mesh do not take the default group's limit."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def collectives_started(group: torch.distributed.ProcessGroup) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lightning_autosp import _compat
 from lightning_autosp.collectives import Group
 from lightning_autosp.data.sources import Groups
 
@@ -45,13 +47,19 @@ class ParallelMesh:
 
     mesh: DeviceMesh
     flat: DeviceMesh
+    timeout: timedelta | None = None
+    """Of collectives; `None`: torch's."""
 
     @classmethod
-    def create(cls, device_type: str, data_size: int, sequence_size: int) -> ParallelMesh:
+    def create(cls, device_type: str, data_size: int, sequence_size: int, timeout: timedelta | None = None) -> ParallelMesh:
         """Build the mesh. Ranks of one sequence group are neighbours, hence on one node as far as they fit."""
         mesh = init_device_mesh(device_type, (data_size, sequence_size), mesh_dim_names=(DATA_AXIS, SEQUENCE_AXIS))
         flat = init_device_mesh(device_type, (data_size * sequence_size,), mesh_dim_names=("all_ranks",))
-        return cls(mesh, flat)
+        made = cls(mesh, flat, timeout)
+        if timeout is not None:
+            for group in (made.data_group, made.sequence_group, flat.get_group()):
+                _compat.set_timeout(group, timeout)
+        return made
 
     @property
     def data_group(self) -> dist.ProcessGroup:
@@ -93,9 +101,9 @@ class ParallelMesh:
             ranks = self.mesh.mesh
             rank = dist.get_rank()
             for one in ranks.tolist():
-                made = dist.new_group(one, backend="gloo")
+                made = dist.new_group(one, backend="gloo", timeout=self.timeout)
                 sequence = made if rank in one else sequence
             for one in ranks.T.tolist():
-                made = dist.new_group(one, backend="gloo")
+                made = dist.new_group(one, backend="gloo", timeout=self.timeout)
                 data = made if rank in one else data
         return Groups(sequence, data, self.data_size * self.sequence_size)

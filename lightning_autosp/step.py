@@ -177,9 +177,26 @@ class CompiledStep:
     """
 
     def __init__(
-        self, module: LightningModule, kind: str, compiler: Compiler, parameters: ModuleParameters, sequence_dim: int
+        self,
+        module: LightningModule,
+        kind: str,
+        compiler: Compiler,
+        parameters: ModuleParameters,
+        sequence_dim: int,
+        all_come: Callable[[], bool] = lambda: True,
     ) -> None:
+        """Compile nothing yet.
+
+        Args:
+            module: Whose step it is.
+            kind: The method's name.
+            compiler: Of what is captured.
+            parameters: The module's.
+            sequence_dim: Of batch tensors.
+            all_come: Whether all ranks come to the same place, which they have to before any of them leaves the single graph.
+        """
         self.module, self.kind, self.parameters, self.sequence_dim = module, kind, parameters, sequence_dim
+        self._all_come = all_come
         self.compiler = replace(compiler, kind=kind, parameters=parameters, inspect=self._refuse_fixed_length)
         self._deferred = _Deferred(module)
         self._mode = "whole"
@@ -309,6 +326,11 @@ class CompiledStep:
         where = _user_location(str(error))
         if self.compiler.strict:
             raise StrictModeError(f"strict=True: {self.kind} is not one graph. At {where}: {reason}") from error
+        if not self._all_come():
+            raise RuntimeError(
+                f"{self.kind} goes another way on this rank than on others. At {where}: {reason}. All ranks of a job take the same "
+                f"steps together: code must not depend on the rank, nor raise on one only."
+            ) from error
         self.compiler.report.breaks.append(GraphBreak(where, f"{self.kind}: {reason}"))
         self._mode, self._chosen, self.numbers = mode, None, []
         if mode == "eager":
@@ -333,6 +355,9 @@ def _headline(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "data-dependent" in str(error):
         return "Python decides on a tensor's value"
+    raised = next((line for line in lines if line.startswith("Developer debug context: raised exception")), None)
+    if raised is not None:  # the user's own
+        return raised.removeprefix("Developer debug context: ")
     explanation = next((line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation:")), "")
     return " ".join([*lines[:1], explanation]).strip()
 

@@ -41,6 +41,7 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -58,9 +59,10 @@ from lightning_autosp.check import CheckResult, check
 from lightning_autosp.compiler.backend import resolve_backend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
-from lightning_autosp.data.agreement import agree, batch_error, checksum
-from lightning_autosp.data.sources import SOURCES, BatchSource, choose_source, share
+from lightning_autosp.data.agreement import agree, batch_error, checksum, loader_error
+from lightning_autosp.data.sources import SOURCES, BatchSource, choose_source, number_of_batches, share
 from lightning_autosp.data.tokens import make_whole, sequence_shards, sharded_datasets
+from lightning_autosp.faults import Watch
 from lightning_autosp.memory.devices import device_kind, device_of, format_bytes, free_host_memory, limit_bytes
 from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
 from lightning_autosp.memory.host import require_pinning
@@ -159,7 +161,7 @@ class AutoSPStrategy(ParallelStrategy):
             state_dict_type: "full": checkpoints are one file that plain Lightning reads. "sharded": a directory every rank writes
                 its part of. Both load on any number of ranks.
             process_group_backend: "nccl", "gloo", ... Default: by device.
-            timeout: Of collectives. Default: torch's.
+            timeout: How long a rank waits for others in a collective, before all end with who was missing. Default: torch's.
             start_method: How processes start: "popen" (scripts), "spawn", "fork" (notebooks), "forkserver".
             kwargs: Lightning's own: `accelerator`, `parallel_devices`, `cluster_environment`, `checkpoint_io`, `precision_plugin`.
 
@@ -210,6 +212,7 @@ class AutoSPStrategy(ParallelStrategy):
         self._peaks_read = 0
         self._failed = False
         self._mesh: ParallelMesh | None = None
+        self._watch: Watch | None = None
         self._parameters: ModuleParameters | None = None
         self._optimized_names: dict[int, str] = {}
         """Names of the parameters optimizers hold: still needed when a checkpoint is saved after the Trainer has finished."""
@@ -407,7 +410,9 @@ class AutoSPStrategy(ParallelStrategy):
             options["device_id"] = self.root_device
         _init_dist_connection(self.cluster_environment, self._process_group_backend, **options)
         if self._mesh is None:
-            self._mesh = ParallelMesh.create(self.root_device.type, data, sequence)
+            self._mesh = ParallelMesh.create(self.root_device.type, data, sequence, self._timeout)
+        if self.world_size > 1:
+            self._watch = Watch(self.global_rank, self.world_size, self._doing)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._mesh.mesh
 
@@ -559,12 +564,25 @@ class AutoSPStrategy(ParallelStrategy):
         if states[1] is not None:
             torch.cuda.set_rng_state(states[1], self.root_device)
 
+    def _doing(self) -> str:
+        """Return what the Trainer is at, for people."""
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        if trainer is None or trainer.state.stage is None:
+            return "set-up"
+        return f"{trainer.state.stage.value}, step {trainer.global_step}" if trainer.training else str(trainer.state.stage.value)
+
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
+        # These two reach all ranks: the first by a broadcast of Lightning's, the second by the terminal.
+        if self._watch is not None and not isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
+            self._watch.fail(exception)
 
     @override
     def teardown(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         self._print_report()
         self._steps.clear()
         self._steps_of.clear()
@@ -597,6 +615,8 @@ class AutoSPStrategy(ParallelStrategy):
     def process_dataloader(self, dataloader: Any) -> Any:
         groups = self._meshes.host
         source, reason = choose_source(dataloader, self._batch_source, groups)
+        if self.world_size > 1 and (error := loader_error(source, number_of_batches(dataloader))):
+            raise MisconfigurationException(f"{self._stage()}{error}")
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", False) is None:
             # Lightning would seed by global rank, and ranks that load the same samples would augment them differently.
             rank = self.global_rank if source == "exchange" else self.data_parallel_rank
@@ -667,7 +687,14 @@ class AutoSPStrategy(ParallelStrategy):
         assert module is not None
         assert self._parameters is not None
         if kind not in self._steps:
-            self._steps[kind] = CompiledStep(module, kind, self._compiler, self._parameters, self.sequence_dim)
+            self._steps[kind] = CompiledStep(
+                module,
+                kind,
+                self._compiler,
+                self._parameters,
+                self.sequence_dim,
+                **({"all_come": self._watch.all_come} if self._watch is not None else {}),
+            )
         with context:
             return self._steps[kind].repeat(*args, **kwargs) if repeated else self._steps[kind](*args, **kwargs)
 

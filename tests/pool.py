@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 300
@@ -58,7 +60,7 @@ class Pool:
         return outcomes
 
     def _start(self, num_ranks: int) -> None:
-        context = mp.get_context("spawn")
+        context = _forks()
         for _ in range(num_ranks - len(self._workers)):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -72,6 +74,57 @@ class Pool:
         self._workers.clear()
 
 
+def _forks() -> Any:
+    """Return a context whose processes are forked from one that has imported what takes long, and started nothing."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["jobs", "torch._inductor.compile_fx", "torch.testing"])
+    # Imports happen before the server is told of pytest's path.
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return context
+
+
+def ended(function: Callable[..., Any], world_size: int, *args: Any, timeout: float) -> list[tuple[int | None, float]]:
+    """Call a function on ranks of their own, that end with it.
+
+    Returns:
+        The exit code of every rank, `None` for one that had to be killed, and the seconds it took.
+    """
+    context, port, start = _forks(), _free_port(), time.monotonic()
+    processes = [
+        context.Process(target=_call, args=(function, _environment(rank, world_size, port), args)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    outcomes: list[tuple[int | None, float]] = []
+    for process in processes:
+        process.join(max(0.0, start + timeout - time.monotonic()))
+        outcomes.append((process.exitcode, time.monotonic() - start))
+        if process.exitcode is None:
+            process.kill()
+    return outcomes
+
+
+def _call(function: Callable[..., Any], environment: dict[str, str], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    function(*args)
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return torchrun's variables."""
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "GROUP_RANK": 0,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "tests",
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -83,25 +136,13 @@ def _serve(connection: Any) -> None:
     import logging
     import warnings
 
-    import torch
-
     faulthandler.enable()  # a rank that crashes says where, on the stderr it shares with pytest
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     while True:
         function, rank, world_size, port, args, kwargs = connection.recv()
-        environment = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "GROUP_RANK": 0,
-            "WORLD_SIZE": world_size,
-            "LOCAL_WORLD_SIZE": world_size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "TORCHELASTIC_RUN_ID": "tests",
-        }
-        os.environ.update({name: str(value) for name, value in environment.items()})
+        os.environ.update(_environment(rank, world_size, port))
         try:
             outcome: Any = function(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 -- sent to the test

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agree", "batch_error", "checksum"]
+__all__ = ["agree", "batch_error", "checksum", "loader_error"]
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
@@ -69,3 +69,33 @@ def agree(error: str | None, total: int, data_rank: int) -> str | None:
                 f"or use batch_source='broadcast', or 'exchange' if every rank is to load samples of its own."
             )
     return None
+
+
+def loader_error(source: str, length: int | None) -> str | None:
+    """Compare loaders over all ranks. A collective over the default group; every rank gets the same answer.
+
+    Args:
+        source: Who loads, as this rank sees it.
+        length: Number of batches of this rank's loader, `None` if it is not known.
+
+    Returns:
+        How ranks differ, or `None`.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (source, length))
+    found: dict[tuple[str, int | None], list[int]] = {}
+    for rank, one in enumerate(everyone):
+        found.setdefault(one, []).append(rank)
+    sources = {one for one, _ in found}
+    if len(sources) == 1 and (len(found) == 1 or sources <= {"broadcast", "exchange"}):  # these two end on all ranks together
+        return None
+
+    def shown(source: str, length: int | None) -> str:
+        number = "an unknown number of batches" if length is None else f"{length} batches"
+        return f"{source!r}, {number}" if len(sources) > 1 else number
+
+    listed = "; ".join(f"{shown(*one)} on rank(s) {', '.join(map(str, ranks[:8]))}" for one, ranks in found.items())
+    return (
+        f"ranks have different loaders: {listed}. All ranks take their steps together: give each as many batches (drop_last, "
+        f"shards of one size), or use batch_source='broadcast', or 'exchange', which end with the shortest."
+    )

@@ -37,7 +37,7 @@ from torch.utils.data import (
 
 from lightning_autosp.data.tokens import sharded_datasets
 
-__all__ = ["SOURCES", "BatchSource", "Groups", "LoadError", "SharedLoader", "choose_source", "share"]
+__all__ = ["SOURCES", "BatchSource", "Groups", "LoadError", "SharedLoader", "choose_source", "number_of_batches", "share"]
 
 BatchSource = Literal["auto", "replicated", "broadcast", "exchange", "sharded"]
 
@@ -161,7 +161,7 @@ class SharedLoader:
         self._loader, self._groups, self._say = loader, groups, say
         self._turns: _Turns | None = None
         self._sources = [0] if source == "broadcast" else list(range(groups.size))
-        length = _length(loader)
+        length = number_of_batches(loader)
         if source == "exchange":
             if _can_be_dealt(loader, groups):
                 self._loader, self._turns = _dealt(loader, groups)
@@ -428,7 +428,8 @@ def _dealt(loader: DataLoader[Any], groups: Groups) -> tuple[DataLoader[Any], _T
     return dealt, turns
 
 
-def _length(loader: Any) -> int | None:
+def number_of_batches(loader: Any) -> int | None:
+    """Return the length of a loader, `None` if it has none."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
