@@ -60,6 +60,7 @@ from lightning_autosp.compiler.backend import resolve_backend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum, loader_error
+from lightning_autosp.data.position import Epoch, PositionedLoader, put_back, reordered, set_aside
 from lightning_autosp.data.sources import SOURCES, BatchSource, choose_source, number_of_batches, share
 from lightning_autosp.data.tokens import make_whole, sequence_shards, sharded_datasets
 from lightning_autosp.faults import Watch
@@ -627,7 +628,45 @@ class AutoSPStrategy(ParallelStrategy):
             for dataset in sharded_datasets(dataloader.dataset):
                 dataset.shard_sequence(groups.rank, groups.size)
                 self._sharded_datasets.append(dataset)
-        return share(dataloader, source, groups, self._say)
+        if not self._trains():
+            return share(dataloader, source, groups, self._say)
+        loader, order = reordered(dataloader, self.data_parallel_size)
+        loader = share(loader, source, groups, self._say)
+        return loader if order is None else PositionedLoader(dataloader, loader, order, self._epoch())
+
+    def _trains(self) -> bool:
+        """Whether the loader that is being processed is for training: it may be before that begins, for its length."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        return trainer.state.fn == TrainerFn.FITTING and not (trainer.validating or trainer.sanity_checking)
+
+    def _epoch(self) -> Epoch:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+
+        def batches(length: int) -> int:
+            limit = trainer.limit_train_batches
+            return int(length * limit) if isinstance(limit, float) else min(length, limit if limit is not None else length)
+
+        def alone() -> bool:
+            loader = trainer.fit_loop._combined_loader
+            return loader is None or len(loader.flattened) == 1
+
+        def set_progress(batches: int) -> None:
+            progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+            unfinished = progress.processed - progress.completed  # saved before the batch was counted
+            progress.ready = progress.started = progress.processed = batches
+            progress.completed = batches - unfinished
+
+        return Epoch(batches, alone, set_progress, self.root_device)
+
+    @override
+    def on_train_start(self) -> None:
+        # Whoever asks for the number of batches in configure_optimizers has the loaders made before the checkpoint is read.
+        assert self.lightning_module is not None
+        loop = self.lightning_module.trainer.fit_loop
+        if getattr(loop, "_combined_loader_states_to_load", None):
+            loop._load_combined_loader_states()
 
     def _stage(self) -> str:
         stage = self.lightning_module.trainer.state.stage if self.lightning_module is not None else None
@@ -934,6 +973,7 @@ class AutoSPStrategy(ParallelStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None) -> None:
         path = Path(self.broadcast(filepath))  # names may hold metrics, which ranks may format differently
+        set_aside(checkpoint)
         if self._state_dict_type == "full":
             if checkpoints.is_distributed_checkpoint(path):
                 raise IsADirectoryError(
@@ -955,8 +995,11 @@ class AutoSPStrategy(ParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if checkpoints.is_distributed_checkpoint(path):
             assert self.lightning_module is not None
-            return checkpoints.load_distributed_module(path, self.lightning_module, weights_only=weights_only)
-        return super().load_checkpoint(path, weights_only)
+            checkpoint = checkpoints.load_distributed_module(path, self.lightning_module, weights_only=weights_only)
+        else:
+            checkpoint = super().load_checkpoint(path, weights_only)
+        put_back(checkpoint)
+        return checkpoint
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

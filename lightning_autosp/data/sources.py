@@ -29,12 +29,9 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
 )
 
+from lightning_autosp.data.position import DRAWS
 from lightning_autosp.data.tokens import sharded_datasets
 
 __all__ = ["SOURCES", "BatchSource", "Groups", "LoadError", "SharedLoader", "choose_source", "number_of_batches", "share"]
@@ -48,9 +45,6 @@ SOURCES: dict[BatchSource, str] = {
     "sharded": "loaded by every rank in slices (sharded)",
 }
 """What is said of each."""
-
-_DRAWN_ALIKE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-"""Samplers that draw the same on ranks with the same random state, which those of a group have."""
 
 
 class LoadError(RuntimeError):
@@ -120,7 +114,7 @@ def choose_source(loader: Any, asked: BatchSource, groups: Groups) -> tuple[Batc
         if groups.num_groups < sampler.num_replicas == groups.world_size:
             return "exchange", f"{type(sampler).__name__} deals to all ranks"
         return "replicated", f"{type(sampler).__name__} deals to {sampler.num_replicas} group(s)"
-    if type(sampler) in _DRAWN_ALIKE:
+    if type(sampler) in DRAWS:
         return "replicated", f"{type(sampler).__name__} draws the same on every rank"
     return "broadcast", f"{type(sampler).__name__} is a sampler that is not known"
 
