@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jobs
@@ -11,7 +13,6 @@ import modules
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pool import JobError, Pool
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
@@ -20,28 +21,6 @@ from lightning_autosp import AutoSPStrategy
 from lightning_autosp.mesh import resolve_sizes
 
 pytestmark = pytest.mark.dist
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("sequence_parallel_size", 0),
-        ("sequence_parallel_size", "all"),
-        ("data_parallel_size", 1.5),
-        ("data_parallel_size", True),
-        ("parameter_sharding", "zero3"),
-        ("attention", "flash"),
-        ("sequence_dim", -1),
-        ("sequence_dim", "1"),
-        ("batch_source", "first"),
-        ("compile_backend", "eager"),
-        ("state_dict_type", "dcp"),
-        ("start_method", "thread"),
-    ],
-)
-def test_unknown_value(option: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{option}={value!r} is not known. Use "):
-        AutoSPStrategy(**{option: value})
 
 
 @pytest.mark.parametrize(
@@ -67,16 +46,10 @@ def refused(pool: Pool, function: Any, *args: Any) -> str:
     return errors[0].message
 
 
-def test_world_size_on_every_rank(pool: Pool) -> None:
-    assert "do not fit 2 process" in refused(pool, jobs.fit, "GPT", {"sequence_parallel_size": 3}, 2)
-
-
 class Batches(torch.utils.data.Dataset[Any]):
     """One sample many times; `other` on every rank but the first."""
 
     def __init__(self, sample: Any, other: Any = None) -> None:
-        import os
-
         self.sample = other if other is not None and os.environ["RANK"] != "0" else sample
 
     def __len__(self) -> int:
@@ -128,24 +101,6 @@ def fit_batches(module: type[Sum], sample: Any, other: Any = None, strategy: dic
     trainer.fit(module(), torch.utils.data.DataLoader(Batches(sample, other), batch_size=2))
 
 
-def test_batch_without_the_dimension(pool: Pool) -> None:
-    message = refused(pool, fit_batches, Sum, torch.tensor(1))
-    assert message.startswith(
-        "train: rank 0: sequence_dim=1 but no tensor of the batch has such a dimension; the shapes are [(2,)]"
-    )
-
-
-def test_batch_shorter_than_the_group(pool: Pool) -> None:
-    message = refused(pool, fit_batches, Sum, torch.ones(1, dtype=torch.long))
-    assert "1 position(s), fewer than sequence_parallel_size=2" in message
-
-
-def test_different_batches_in_a_group(pool: Pool) -> None:
-    message = refused(pool, fit_batches, Sum, torch.ones(6, dtype=torch.long), torch.zeros(6, dtype=torch.long))
-    assert "ranks of sequence group 0 loaded different batches" in message
-    assert "data_parallel_rank" in message
-
-
 class Verifying(Sum):
     """Looks at its second batch, which the strategy does not by itself."""
 
@@ -158,41 +113,9 @@ class Verifying(Sum):
             self.trainer.strategy.verify_batch(changed)
 
 
-def test_batches_compared_on_demand(pool: Pool) -> None:
-    options = {"batch_size": 1}
-    message = refused(pool, _verify, options)
-    assert "loaded different batches" in message
-
-
 def _verify(options: dict[str, Any]) -> None:
     trainer = Trainer(**jobs.QUIET, max_epochs=1, devices=2, strategy=AutoSPStrategy())
     trainer.fit(Verifying(), torch.utils.data.DataLoader(Batches(torch.ones(6, dtype=torch.long)), **options))
-
-
-def test_different_shapes_in_a_group(pool: Pool) -> None:
-    message = refused(pool, fit_batches, Sum, torch.ones(6, dtype=torch.long), torch.ones(7, dtype=torch.long))
-    assert "loaded different batches" in message
-
-
-def test_bad_batch_on_one_rank_reaches_all(pool: Pool) -> None:
-    message = refused(pool, fit_batches, Sum, torch.ones(6, dtype=torch.long), torch.tensor(1))
-    assert "rank 1: sequence_dim=1 but no tensor" in message
-
-
-def test_loss_that_is_not_a_scalar(pool: Pool) -> None:
-    assert "a loss of shape (2, 6)" in refused(pool, fit_batches, Vector, torch.ones(6, dtype=torch.long))
-
-
-def test_loss_without_a_gradient(pool: Pool) -> None:
-    assert "loss without a gradient" in refused(pool, fit_batches, Detached, torch.ones(6, dtype=torch.long))
-
-
-@pytest.mark.parametrize("policy", ["none", "attention", "full"])
-def test_policy_without_backward(pool: Pool, policy: str) -> None:
-    """In training; a step that is only evaluated has none to apply a policy to."""
-    message = refused(pool, fit_batches, Frozen, torch.ones(6, dtype=torch.long), None, {"checkpoint_policy": policy})
-    assert f"no backward that checkpoint_policy={policy!r} could apply to" in message
-    assert "leave some parameters trainable" in message
 
 
 class Frozen(Sum):
@@ -207,27 +130,6 @@ def test_policy_where_a_step_is_only_evaluated(pool: Pool, policy: str) -> None:
     assert runs[0]["validated"] == runs[1]["validated"]
 
 
-def test_manual_optimization(pool: Pool) -> None:
-    assert "automatic_optimization=False is not supported" in refused(pool, fit_batches, Manual, torch.ones(6, dtype=torch.long))
-
-
-def test_parameters_that_are_dtensors(pool: Pool) -> None:
-    message = refused(pool, fit_batches, Tensors, torch.ones(6, dtype=torch.long))
-    assert "'extra', ...) are DTensors already, others ('table.weight', ...) are plain" in message
-
-
-def test_sync_batchnorm(pool: Pool) -> None:
-    assert "sync_batchnorm=True is not supported" in refused(pool, _sync_batchnorm)
-
-
-def _sync_batchnorm() -> None:
-    fit_batches(Sum, torch.ones(6, dtype=torch.long), sync_batchnorm=True)
-
-
-def test_batch_size_finder(pool: Pool) -> None:
-    assert "BatchSizeFinder is not supported" in refused(pool, _find_batch_size)
-
-
 class OwnData(Sum):
     batch_size = 2
 
@@ -235,64 +137,9 @@ class OwnData(Sum):
         return torch.utils.data.DataLoader(Batches(torch.ones(6, dtype=torch.long)), batch_size=self.batch_size)
 
 
-def _find_batch_size() -> None:
-    from lightning.pytorch.callbacks import BatchSizeFinder
-
-    trainer = Trainer(**jobs.QUIET, devices=2, strategy=AutoSPStrategy(), callbacks=[BatchSizeFinder()])
-    trainer.fit(OwnData())
-
-
-def test_memory_limit_below_what_is_held(pool: Pool) -> None:
-    message = refused(pool, jobs.fit, "GPT", {"memory_limit": "10KiB"}, 2)
-    assert "memory_limit is 10.0 KiB" in message
-    assert "optimizer state alone are more: use more ranks" in message
-
-
-def test_memory_limit_below_what_the_step_takes(pool: Pool) -> None:
-    message = refused(pool, jobs.fit, "GPT", {"memory_limit": "300KiB", "checkpoint_policy": "none"}, 2)
-    assert "checkpoint_policy='none', backward at " in message
-    assert "of 64 positions would fit: use a shorter sequence" in message
-
-
-def test_strict_names_the_line(pool: Pool) -> None:
-    message = refused(pool, fit_batches, Unruled, torch.ones(6, dtype=torch.long), None, {"strict": True})
-    assert "aten.logcumsumexp.default" in message
-    assert "test_refusals.py:" in message
-
-
 class Unruled(Sum):
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         return self.table(batch).mean((0, 2)).logcumsumexp(0).mean()
-
-
-def test_strict_names_a_graph_break(pool: Pool) -> None:
-    message = refused(pool, jobs.fit, "Broken", {"strict": True}, 2)
-    assert "is not one graph. At " in message
-    assert "modules.py:" in message
-
-
-def test_compiled_module() -> None:
-    trainer = Trainer(**jobs.QUIET, devices=1, strategy="autosp")
-    with pytest.raises((MisconfigurationException, RuntimeError), match="already compiled|compiled model"):
-        trainer.fit(torch.compile(modules.GPT()), modules.loader(2, 8))
-
-
-def test_compiled_submodule() -> None:
-    module = modules.GPT()
-    module.norm = torch.compile(module.norm)
-    trainer = Trainer(**jobs.QUIET, devices=1, strategy="autosp")
-    with pytest.raises(MisconfigurationException, match="submodule 'norm' is already compiled"):
-        trainer.fit(module, modules.loader(2, 8))
-
-
-def test_wrapped_submodule() -> None:
-    module = modules.GPT()
-    wrapped = object.__new__(torch.nn.parallel.DistributedDataParallel)
-    nn.Module.__init__(wrapped)
-    module.wrapped = wrapped
-    trainer = Trainer(**jobs.QUIET, devices=1, strategy="autosp")
-    with pytest.raises(MisconfigurationException, match="'wrapped' is already wrapped by DistributedDataParallel"):
-        trainer.fit(module, modules.loader(2, 8))
 
 
 @pytest.mark.parametrize("strategy", ["'autosp'", "lightning_autosp.AutoSPStrategy()"])
@@ -301,3 +148,194 @@ def test_pytorch_lightning_is_refused(strategy: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "lightning.pytorch" in done.stderr.splitlines()[-1], done.stderr[-600:]
+
+
+class NoLoss(Sum):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return None
+
+
+class NamedLoss(Sum):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return {"nll": super().training_step(batch, batch_idx)}
+
+
+class CompiledInside(Sum):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.compile(self.table)
+
+
+class Wrapped(Sum):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = object.__new__(torch.nn.parallel.DistributedDataParallel)
+        nn.Module.__init__(self.inner)
+
+
+def CompiledWhole() -> Any:
+    return torch.compile(Sum())
+
+
+def fit_batches_with(options: dict[str, Any], module: Any = Sum) -> None:
+    """Fit with these options of the Trainer."""
+    fit_batches(module, LONG, **options)
+
+
+def fit_other_lengths() -> None:
+    rank = int(os.environ["RANK"])
+    trainer = Trainer(**jobs.QUIET, max_epochs=1, devices=2, strategy=AutoSPStrategy(batch_source="replicated"))
+    trainer.fit(Sum(), torch.utils.data.DataLoader(LONG.repeat(6 - 2 * rank, 1), batch_size=2))
+
+
+def fit_other_kinds_of_loaders() -> None:
+    data = LONG.repeat(2, 1)
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    trainer = Trainer(**jobs.QUIET, max_epochs=1, devices=2, strategy=AutoSPStrategy())
+    trainer.fit(Sum(), loader if os.environ["RANK"] == "0" else list(loader))
+
+
+def find_batch_size() -> None:
+    from lightning.pytorch.callbacks import BatchSizeFinder
+
+    trainer = Trainer(**jobs.QUIET, devices=2, strategy=AutoSPStrategy(), callbacks=[BatchSizeFinder()])
+    trainer.fit(OwnData())
+
+
+def verify() -> None:
+    trainer = Trainer(**jobs.QUIET, max_epochs=1, devices=2, strategy=AutoSPStrategy())
+    trainer.fit(Verifying(), torch.utils.data.DataLoader(Batches(LONG), batch_size=1))
+
+
+LONG, SCALAR, SHORT = torch.ones(6, dtype=torch.long), torch.tensor(1), torch.ones(1, dtype=torch.long)
+UNKNOWN = {
+    "sequence_parallel_size": [0, "all"],
+    "data_parallel_size": [1.5, True],
+    "parameter_sharding": ["zero3"],
+    "attention": ["flash"],
+    "sequence_dim": [-1, "1"],
+    "batch_source": ["first"],
+    "compile_backend": ["eager"],
+    "checkpoint_policy": ["some"],
+    "memory_limit": ["lots", 0, 1.5],
+    "host_memory_limit": ["-1GiB"],
+    "state_dict_type": ["dcp"],
+    "start_method": ["thread"],
+}
+"""Options, and values that they do not have."""
+
+CASES: list[tuple[str, Any, tuple[Any, ...], list[str]]] = [
+    *(
+        (f"{option}={value!r}", fit_batches, (Sum, LONG, None, {option: value}), [f"{option}={value!r} is ", ". "])
+        for option, values in UNKNOWN.items()
+        for value in values
+    ),
+    ("sizes", fit_batches, (Sum, LONG, None, {"sequence_parallel_size": 3}), ["do not fit 2 process"]),
+    ("no plan", fit_batches, (Sum, LONG, None, {"plan": "missing.json"}), ["plan='missing.json' cannot be read", "--save FILE"]),
+    (
+        "two decisions",
+        fit_batches,
+        (Sum, LONG, None, {"plan": "missing.json", "checkpoint_policy": "full"}),
+        ["both say what is kept", "Leave one away"],
+    ),
+    # Batches.
+    (
+        "no dimension",
+        fit_batches,
+        (Sum, SCALAR),
+        ["train: rank 0: sequence_dim=1 but no tensor of the batch has such a dimension; the shapes are [(2,)]"],
+    ),
+    ("other dimension", fit_batches, (Sum, LONG, None, {"sequence_dim": 2}), ["sequence_dim=2 but no tensor", "(2, 6)"]),
+    ("no tensors", fit_batches, (Sum, "text"), ["no tensor of the batch has such a dimension; the shapes are none"]),
+    ("too short", fit_batches, (Sum, SHORT), ["1 position(s), fewer than sequence_parallel_size=2"]),
+    (
+        "different contents",
+        fit_batches,
+        (Sum, LONG, 0 * LONG),
+        ["ranks of sequence group 0 loaded different batches", "data_parallel_rank"],
+    ),
+    ("different shapes", fit_batches, (Sum, LONG, torch.ones(7, dtype=torch.long)), ["loaded different batches"]),
+    ("different later", verify, (), ["loaded different batches"]),
+    ("bad on one rank", fit_batches, (Sum, LONG, SCALAR), ["rank 1: sequence_dim=1 but no tensor"]),
+    (
+        "different lengths",
+        fit_other_lengths,
+        (),
+        ["train ranks have different loaders: 3 batches on rank(s) 0; 2 batches on rank(s) 1"],
+    ),
+    (
+        "different loaders",
+        fit_other_kinds_of_loaders,
+        (),
+        ["'replicated', 1 batches on rank(s) 0; 'broadcast', 1 batches on rank(s) 1"],
+    ),
+    (
+        "not sharded",
+        fit_batches,
+        (Sum, LONG, None, {"batch_source": "sharded"}),
+        ["needs a dataset that reads slices", "is a Batches"],
+    ),
+    # Modules and losses.
+    ("vector", fit_batches, (Vector, LONG), ["a loss of shape (2, 6); it has to be a scalar"]),
+    ("detached", fit_batches, (Detached, LONG), ["loss without a gradient"]),
+    ("no loss", fit_batches, (NoLoss, LONG), ["returning None in distributed training is not supported"]),
+    ("no name", fit_batches, (NamedLoss, LONG), ["'loss' key"]),
+    *(
+        (
+            f"nothing to train, {policy}",
+            fit_batches,
+            (Frozen, LONG, None, {"checkpoint_policy": policy}),
+            [f"no backward that checkpoint_policy={policy!r} could apply to", "leave some parameters trainable"],
+        )
+        for policy in ("none", "attention", "full")
+    ),
+    ("manual optimization", fit_batches, (Manual, LONG), ["automatic_optimization=False is not supported"]),
+    ("DTensors", fit_batches, (Tensors, LONG), ["'extra', ...) are DTensors already, others ('table.weight', ...) are plain"]),
+    ("compiled", fit_batches, (CompiledWhole, LONG), ["compiled"]),
+    ("compiled inside", fit_batches, (CompiledInside, LONG), ["submodule 'table' is already compiled"]),
+    ("wrapped", fit_batches, (Wrapped, LONG), ["'inner' is already wrapped by DistributedDataParallel"]),
+    # What the Trainer is asked.
+    ("sync_batchnorm", fit_batches_with, ({"sync_batchnorm": True},), ["sync_batchnorm=True is not supported"]),
+    ("batch size finder", find_batch_size, (), ["BatchSizeFinder is not supported"]),
+    # Memory and strictness.
+    (
+        "less than what is held",
+        jobs.fit,
+        ("GPT", {"memory_limit": "10KiB"}, 2),
+        ["memory_limit is 10.0 KiB", "optimizer state alone are more: use more ranks"],
+    ),
+    (
+        "less than the step takes",
+        jobs.fit,
+        ("GPT", {"memory_limit": "300KiB", "checkpoint_policy": "none"}, 2),
+        ["checkpoint_policy='none', backward at ", "of 64 positions would fit: use a shorter sequence"],
+    ),
+    ("in full", fit_batches, (Unruled, LONG, None, {"strict": True}), ["aten.logcumsumexp.default", "test_refusals.py:"]),
+    ("in pieces", jobs.fit, ("Broken", {"strict": True}, 2), ["is not one graph. At ", "modules.py:"]),
+]
+
+
+def timed(function: Any, *args: Any) -> None:
+    """Add the seconds that a rank worked before it raised."""
+    start = time.process_time()
+    try:
+        function(*args)
+    except Exception as error:
+        error.args = (f"{time.process_time() - start} {error}",)
+        raise
+
+
+def test_there_are_thirty() -> None:
+    assert len({name for name, *_ in CASES}) == len(CASES) >= 30
+
+
+@pytest.mark.parametrize(("function", "args", "texts"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_refused(function: Any, args: tuple[Any, ...], texts: list[str], pool: Pool) -> None:
+    """The same error on every rank, in less than half a minute of work (other tests run beside), and none hangs."""
+    errors = pool.outcomes(timed, 2, function, *args)
+    assert all(isinstance(error, JobError) for error in errors), errors
+    found = [error.message.split(" ", 1) for error in errors]
+    assert len({(error.kind, message) for error, (_, message) in zip(errors, found, strict=True)}) == 1, found
+    for text in texts:
+        assert text in found[0][1]
+    assert all(float(seconds) < 25 for seconds, _ in found)
