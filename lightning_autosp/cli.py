@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
@@ -68,10 +68,6 @@ def _train(arguments: list[str]) -> int:
         sys.path.insert(0, os.getcwd())
     try:
         LightningCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
             save_config_callback=_SaveConfig,
             trainer_defaults={"strategy": "autosp"},
             parser_kwargs={"prog": "autosp"},

@@ -40,7 +40,7 @@ class Pool:
     def outcomes(self, function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
         """Return every rank's result or `JobError`."""
         self._start(world_size)
-        port = _free_port()
+        port = free_port()
         for rank in range(world_size):
             self._workers[rank][1].send((function, rank, world_size, port, args, kwargs))
         outcomes = []
@@ -89,7 +89,7 @@ def ended(function: Callable[..., Any], world_size: int, *args: Any, timeout: fl
     Returns:
         The exit code of every rank, `None` for one that had to be killed, and the seconds it took.
     """
-    context, port, start = _forks(), _free_port(), time.monotonic()
+    context, port, start = _forks(), free_port(), time.monotonic()
     processes = [
         context.Process(target=_call, args=(function, _environment(rank, world_size, port), args)) for rank in range(world_size)
     ]
@@ -125,7 +125,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
