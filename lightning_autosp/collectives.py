@@ -34,6 +34,9 @@ __all__ = [
     "gather_parameter",
     "reduce_scatter_sequence",
     "stack_across",
+    "start_all_gather",
+    "start_all_to_all",
+    "wait",
 ]
 
 _ops = torch.ops._c10d_functional
@@ -43,34 +46,82 @@ class Group(NamedTuple):
     """A process group as graphs see it: its name in torch's registry, its size, this process's rank in it.
 
     A named tuple, because that is what an FX graph can hold as a constant.
+
+    Attributes:
+        name: Of the process group.
+        size: How many ranks take part.
+        rank: This one's number among them.
+        members: Their numbers in the process group, ascending, if they are not all of it. All of it calls a collective of a part
+            (every rank one of its own part), in which others are sent nothing: no process groups have to be made. Of the
+            collectives, `all_to_all` and `all_gather` do so.
+        whole: Ranks of the process group, if not all take part.
     """
 
     name: str
     size: int
     rank: int
+    members: tuple[int, ...] = ()
+    whole: int = 0
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup) -> Group:
         return cls(process_group.group_name, process_group.size(), process_group.rank())
 
+    def part(self, ranks: Sequence[int]) -> Group:
+        """Return the group of some of its ranks, ascending, this one among them."""
+        members = self.members or range(self.size)
+        return Group(self.name, len(ranks), list(ranks).index(self.rank), tuple(members[r] for r in ranks), self.whole or self.size)
+
+    def spread(self, splits: Sequence[int]) -> list[int]:
+        """Return sizes for all ranks of the process group, of sizes for those that take part."""
+        if not self.members:
+            return list(splits)
+        sizes = dict(zip(self.members, splits, strict=True))
+        return [sizes.get(rank, 0) for rank in range(self.whole)]
+
 
 def _all_reduce(x: Tensor, op: str, group: Group) -> Tensor:
+    _require_all(group)
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, group.name))
+
+
+def _require_all(group: Group) -> None:
+    if group.members:
+        raise NotImplementedError(f"the collective is not written for a part of a process group, as {group} is")
 
 
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     """Concatenate equally shaped tensors along dim 0."""
-    return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), group.size, group.name))
+    return wait(start_all_gather(x, group))
+
+
+def start_all_gather(x: Tensor, group: Group) -> Tensor:
+    """Begin to concatenate equally shaped tensors along dim 0, without autograd; `wait` gives the result."""
+    if group.members:
+        sizes = [x.shape[0]] * group.size
+        return start_all_to_all(torch.cat([x] * group.size), sizes, sizes, group)
+    return _ops.all_gather_into_tensor(x.contiguous(), group.size, group.name)
+
+
+def start_all_to_all(x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: Group) -> Tensor:
+    """Begin to exchange parts of dim 0 of the given sizes, without autograd; `wait` gives the result."""
+    return _ops.all_to_all_single(x.contiguous(), group.spread(output_splits), group.spread(input_splits), group.name)
+
+
+def wait(x: Tensor) -> Tensor:
+    """Return what a collective that was begun gives."""
+    return _ops.wait_tensor(x)
 
 
 def _reduce_scatter(x: Tensor, op: str, group: Group) -> Tensor:
     """Reduce and keep this rank's equal part of dim 0."""
+    _require_all(group)
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), op, group.size, group.name))
 
 
 def _all_to_all(x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: Group) -> Tensor:
     """Exchange parts of dim 0 of the given sizes."""
-    return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), list(output_splits), list(input_splits), group.name))
+    return wait(start_all_to_all(x, output_splits, input_splits, group))
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:

@@ -480,21 +480,25 @@ def test_cross_shard_probe(name: str | None, monkeypatch: pytest.MonkeyPatch) ->
         assert one.any()
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 3), (5, 5)])
-def test_function_alone_and_its_wire_bytes(heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks, length = 2, 12
-    q, k, v = torch.randn(3, heads, length, 4), torch.randn(3, kv_heads, length, 4), torch.randn(3, kv_heads, length, 4)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks"), [(4, 2, 2), (6, 3, 2), (5, 5, 2), (7, 1, 4), (6, 2, 4), (2, 1, 4), (12, 4, 3), (32, 8, 8)]
+)
+def test_function_alone_and_its_wire_bytes(heads: int, kv_heads: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    length = 4 * ranks + 1
+    q, k, v = torch.randn(2, heads, length, 4), torch.randn(2, kv_heads, length, 4), torch.randn(2, kv_heads, length, 3)
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
     cuts = base_cuts(length, ranks)
     lengths = tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
-    sent: list[int] = []
+    sent = dict.fromkeys(range(ranks), 0)
+    calls = 0
     import lightning_autosp.attention.ulysses as module
 
     original = module.all_to_all
 
     def counting(x: Tensor, output: Any, splits: Any, group: Group) -> Tensor:
-        if group.rank == 0:
-            sent.append(sum(n for r, n in enumerate(splits) if r != 0))
+        nonlocal calls
+        calls += 1
+        sent[group.rank] += sum(n for r, n in enumerate(splits) if r != group.rank)
         return original(x, output, splits, group)
 
     monkeypatch.setattr(module, "all_to_all", counting)
@@ -506,4 +510,10 @@ def test_function_alone_and_its_wire_bytes(heads: int, kv_heads: int, monkeypatc
 
     got = torch.cat(run_ranks(ranks, work), dim=2)
     assert_close(got, want, 1e-6, "output")
-    assert sum(sent) == wire_elements(3, heads, kv_heads, length, 4, 4, ranks)
+    assert calls == 2 * ranks
+    assert sent == {rank: wire_elements(2, heads, kv_heads, lengths, 4, 3, rank) for rank in range(ranks)}
+
+
+def test_grouped_heads_are_sent_once() -> None:
+    once, repeated = (wire_elements(1, 32, kv_heads, (64,) * 8, 128, 128, 0) for kv_heads in (8, 32))
+    assert once <= 0.63 * repeated

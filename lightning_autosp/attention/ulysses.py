@@ -1,12 +1,17 @@
 """Ulysses: exchange a shard of the sequence for a shard of the heads, attend, exchange back.
 
-Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3. Letters: B batch, H heads, L whole sequence, l this rank's part, D
-head dimension, P ranks.
+Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3. Letters: B batch, H heads, Hk key/value heads, L whole sequence, l this
+rank's part, D head dimension, P ranks.
+
+Heads need not divide by ranks: a rank has `H // P` or one more, and of keys and values those that its own queries attend to, sent
+once each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +21,9 @@ from lightning_autosp.attention.tiles import run_tiles
 from lightning_autosp.collectives import Group, all_to_all
 
 __all__ = [
+    "HeadShare",
     "exchanged",
+    "head_shares",
     "heads_to_sequence",
     "own_heads",
     "sequence_to_heads",
@@ -26,34 +33,72 @@ __all__ = [
 ]
 
 
-def sequence_to_heads(x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
-    """Give up this rank's positions of all heads for all positions of this rank's heads.
+class HeadShare(NamedTuple):
+    """The heads of one rank: `[first, behind the last)` of the queries, and of the keys and values that they attend to."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+
+    @property
+    def num_queries(self) -> int:
+        return self.queries[1] - self.queries[0]
+
+
+def head_shares(heads: int, kv_heads: int, ranks: int) -> list[HeadShare]:
+    """Return every rank's heads; they differ by one query head at most, the ranks with more first.
+
+    Raises:
+        ValueError: If the query heads are no multiple of the key/value heads.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads")
+    small, extra = divmod(heads, ranks)
+    cuts = list(itertools.accumulate((small + (rank < extra) for rank in range(ranks)), initial=0))
+    times = heads // kv_heads
+    return [HeadShare((a, b), (a // times, -(-b // times) if a < b else a // times)) for a, b in itertools.pairwise(cuts)]
+
+
+def sequence_to_heads(
+    tensors: Sequence[Tensor], shares: Sequence[Sequence[tuple[int, int]]], lengths: Sequence[tuple[int, ...]], group: Group
+) -> list[Tensor]:
+    """Give up this rank's positions of all heads for all positions of this rank's heads, in one all-to-all.
 
     Args:
-        x: Shape `(B, H, l, D)`, `l == lengths[group.rank]`, `H % P == 0`.
-        lengths: Every rank's number of positions.
+        tensors: Each of shape `(B, H, l, D)`; `H`, `l` and `D` may differ from one to the next, the dtype not.
+        shares: For each tensor every rank's heads, `(first, behind the last)`. Ranks may want the same head.
+        lengths: For each tensor every rank's number of positions; `l` is this rank's.
         group: The sequence group.
 
     Returns:
-        Shape `(B, H/P, L, D)`, `L == sum(lengths)`.
+        For each tensor shape `(B, own heads, L, D)`, `L` the sum of its lengths.
     """
-    batch, heads, length, width = x.shape
-    own = heads // group.size
-    sizes = [own * batch * n * width for n in lengths]
-    flat = x.transpose(0, 1).reshape(-1)
-    flat = all_to_all(flat, sizes, [own * batch * length * width] * group.size, group)
-    blocks = [part.view(own, batch, n, width) for part, n in zip(flat.split(sizes), lengths, strict=True)]
-    return torch.cat(blocks, dim=2).transpose(0, 1)
+    pieces = []
+    for rank in range(group.size):
+        cuts = (own[rank] for own in shares)
+        pieces.append([x[:, start:stop].reshape(-1) for x, (start, stop) in zip(tensors, cuts, strict=True)])
+    shapes = []
+    for source in range(group.size):
+        for x, own, each in zip(tensors, shares, lengths, strict=True):
+            start, stop = own[group.rank]
+            shapes.append((x.shape[0], stop - start, each[source], x.shape[3]))
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    width = len(tensors)
+    received = [sum(sizes[i : i + width]) for i in range(0, len(sizes), width)]
+    sent = [sum(piece.numel() for piece in some) for some in pieces]
+    flat = all_to_all(torch.cat([piece for some in pieces for piece in some]), received, sent, group)
+    blocks = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    return [torch.cat(blocks[i::width], dim=2) for i in range(width)]
 
 
-def heads_to_sequence(x: Tensor, lengths: tuple[int, ...], group: Group) -> Tensor:
-    """Undo `sequence_to_heads`: shape `(B, H/P, L, D)` to `(B, H, l, D)`."""
+def heads_to_sequence(x: Tensor, shares: Sequence[tuple[int, int]], lengths: tuple[int, ...], group: Group) -> Tensor:
+    """Undo `sequence_to_heads` of a tensor whose heads every rank has some of: `(B, own heads, L, D)` to `(B, H, l, D)`."""
     batch, own, _, width = x.shape
     length = lengths[group.rank]
+    counts = [stop - start for start, stop in shares]
     parts = [part.reshape(-1) for part in x.transpose(0, 1).split(lengths, dim=2)]
-    sizes = [own * batch * n * width for n in lengths]
-    flat = all_to_all(torch.cat(parts), [own * batch * length * width] * group.size, sizes, group)
-    return flat.view(group.size * own, batch, length, width).transpose(0, 1)
+    received = [count * batch * length * width for count in counts]
+    flat = all_to_all(torch.cat(parts), received, [own * batch * n * width for n in lengths], group)
+    return flat.view(sum(counts), batch, length, width).transpose(0, 1)
 
 
 def ulysses_attention(
@@ -70,12 +115,9 @@ def ulysses_attention(
 ) -> Tensor:
     """`F.scaled_dot_product_attention` over positions that are split over the ranks of `group`.
 
-    Any head count works: key/value heads are repeated when they do not divide by the group size, and heads are padded with zeros,
-    dropped again at the end, when the query heads do not.
-
     Args:
         query: This rank's queries, shape `(..., H, l, D)`.
-        key: This rank's keys, shape `(..., Hk, l, D)`.
+        key: This rank's keys, shape `(..., Hk, l, D)`, `H` a multiple of `Hk`.
         value: This rank's values, shape `(..., Hk, l, Dv)`.
         mask: The whole mask, broadcastable to `(..., H, L, L)`, bool or the query's dtype, or `None`.
         dropout: Probability of dropping an attention weight.
@@ -124,7 +166,7 @@ def ulysses_tiles(
         others: What else the program reads, whole.
         places: For each of the program's inputs, which of query, key, value and others it is and its dimension of `H` heads, if it
             has one and the program reads this rank's.
-        handle: Of the program; it computes this rank's heads, `H` padded to a multiple of the group's size and divided by it.
+        handle: Of the program; it computes this rank's heads, one that counts for nothing where it has none.
         seed: The program's seed, if it draws random numbers.
         query_lengths: Every rank's number of queries.
         key_lengths: Every rank's number of keys.
@@ -152,37 +194,58 @@ def exchanged(
     key_lengths: tuple[int, ...],
     group: Group,
 ) -> Tensor:
-    """Call an attention kernel on all positions of this rank's heads."""
-    leading, heads, ranks = query.shape[:-3], query.shape[-3], group.size
-    if key.shape[-3] != heads and (key.shape[-3] % ranks or heads % ranks):
-        key, value = (x.repeat_interleave(heads // x.shape[-3], dim=-3) for x in (key, value))
-    padding = -heads % ranks
-    if padding:
-        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (query, key, value))
+    """Call an attention kernel on all positions of this rank's heads.
 
-    def all_positions(x: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        x = sequence_to_heads(x.reshape(-1, *x.shape[-3:]), lengths, group)
-        return x.reshape(*leading, *x.shape[1:])
-
-    out = kernel(all_positions(query, query_lengths), all_positions(key, key_lengths), all_positions(value, key_lengths))
-    out = heads_to_sequence(out.reshape(-1, *out.shape[-3:]), query_lengths, group)[:, :heads]
+    It is given grouped heads where on all ranks each head of keys and values is that of equally many queries, else one for each
+    query. What operators run is the same on all ranks.
+    """
+    leading, heads, kv_heads, rank = query.shape[:-3], query.shape[-3], key.shape[-3], group.rank
+    shares = head_shares(heads, kv_heads, group.size)
+    of_queries, of_keys = ([share.queries for share in shares], [share.keys for share in shares])
+    parts = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
+    cuts = (of_queries, of_keys, of_keys)
+    query, key, value = sequence_to_heads(parts, cuts, (query_lengths, key_lengths, key_lengths), group)
+    times, own = heads // kv_heads, shares[rank].num_queries
+    if any(b - a > 1 and (c != a * times or d != b * times) for (c, d), (a, b) in shares):
+        first = of_queries[rank][0] - of_keys[rank][0] * times
+        key, value = (x.repeat_interleave(times, dim=1).narrow(1, first, own) for x in (key, value))
+    if heads < group.size:  # kernels want a head
+        query, key, value = (_at_least_one(x, 1) for x in (query, key, value))
+    out = kernel(*(x.reshape(*leading, *x.shape[1:]) for x in (query, key, value)))
+    out = out.reshape(-1, *out.shape[-3:])
+    if heads < group.size:
+        out = out.narrow(1, 0, own)
+    out = heads_to_sequence(out, of_queries, query_lengths, group)
     return out.reshape(*leading, *out.shape[1:])
 
 
+def _at_least_one(x: Tensor, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = max(0, 1 - shape[dim])
+    return torch.cat([x, x.new_zeros(shape)], dim=dim)
+
+
 def own_heads(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Return this rank's heads of a whole tensor, heads padded with zeros to a multiple of the group's size."""
-    own = -(-x.shape[dim] // group.size)
-    missing = own * group.size - x.shape[dim]
-    if missing:
-        x = torch.cat([x, x.new_zeros((*x.shape[:dim], missing, *x.shape[dim + 1 :]))], dim=dim)
-    return x.narrow(dim, group.rank * own, own)
+    """Return this rank's query heads of a whole tensor; one of zeros for a rank that has none."""
+    start, stop = head_shares(x.shape[dim], x.shape[dim], group.size)[group.rank].queries
+    own = x.narrow(dim, start, stop - start)
+    return _at_least_one(own, dim) if x.shape[dim] < group.size else own
 
 
-def wire_elements(batch: int, heads: int, kv_heads: int, length: int, width: int, value_width: int, ranks: int) -> int:
-    """Return the elements a rank sends in one forward pass: a share `(P-1)/P` of its part of q, k, v and the output."""
-    if kv_heads != heads and (kv_heads % ranks or heads % ranks):
-        kv_heads = heads
-    padding = -heads % ranks
-    heads, kv_heads = heads + padding, kv_heads + (padding if kv_heads == heads else 0)
-    per_token = (heads + kv_heads) * (width + value_width)
-    return batch * (length // ranks) * per_token * (ranks - 1) // ranks
+def wire_elements(batch: int, heads: int, kv_heads: int, lengths: Sequence[int], width: int, value_width: int, rank: int) -> int:
+    """Return the elements that a rank sends to others in one forward pass, with as many keys as queries.
+
+    Args:
+        batch: Samples.
+        heads: Query heads.
+        kv_heads: Key/value heads.
+        lengths: Every rank's number of positions.
+        width: Of a head of queries and keys.
+        value_width: Of a head of values.
+        rank: Which.
+    """
+    shares = head_shares(heads, kv_heads, len(lengths))
+    others = [r for r in range(len(lengths)) if r != rank]
+    there = sum(shares[r].num_queries * width + (shares[r].keys[1] - shares[r].keys[0]) * (width + value_width) for r in others)
+    back = shares[rank].num_queries * value_width * sum(lengths[r] for r in others)
+    return batch * (lengths[rank] * there + back)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_autosp.attention.operators import KERNELS
 from lightning_autosp.compiler.crossing import PartTensor
 
 __all__ = ["run_ranks"]
@@ -64,6 +65,9 @@ class _Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(one, PartTensor) for one in types):  # it comes back with plain ones
             return NotImplemented
+        if func in KERNELS:  # collectives within
+            with self:
+                return KERNELS[func](*args, **(kwargs or {}))
         with torch._C._DisableTorchDispatch():
             if func.namespace != "_c10d_functional":
                 return func(*args, **(kwargs or {}))
@@ -81,7 +85,7 @@ class _Collectives(TorchDispatchMode):
             sent = [part.split(list(sizes))[self.rank] for _, part, sizes in gathered]
             if [len(block) for block in sent] != list(args[0]):
                 raise RuntimeError(f"rank {self.rank} expects {args[0]} but is sent {[len(block) for block in sent]}")
-            return torch.cat(sent)
+            return torch.cat([block for block in sent if len(block)] or [x[:0]])  # parts of the group may send other rows
         if any(part.shape != x.shape for part in parts):
             raise RuntimeError(f"ranks disagree on the shape for {op}: {[tuple(part.shape) for part in parts]}")
         if op is _ops.all_reduce:

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_autosp.attention.tiles import KERNELS
+from lightning_autosp.attention import operators, tiles
 from lightning_autosp.memory.host import offload
 
 __all__ = ["LiveBytes"]
+
+_KERNELS = {**tiles.KERNELS, **operators.KERNELS}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak, self.host_peak = self.live, self.host_live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kernel = KERNELS.get(func)
+        kernel = _KERNELS.get(func)
         if kernel is None:
             out = func(*args, **(kwargs or {}))
         else:  # made of operators, whose values count too

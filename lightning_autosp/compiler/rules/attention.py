@@ -11,7 +11,7 @@ from torch import fx
 
 from lightning_autosp.attention.flash import HEADS, WHOLE, arguments, handle_of, ulysses_flash
 from lightning_autosp.attention.tiles import run_tiles
-from lightning_autosp.attention.ulysses import ulysses_attention, ulysses_tiles
+from lightning_autosp.attention.ulysses import head_shares, ulysses_attention, ulysses_tiles
 from lightning_autosp.compiler.capture import is_size
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout, span_of
@@ -154,8 +154,10 @@ def _emit_tiles(em: Emitter, node: fx.Node, parts: tuple[Any, ...], lengths: tup
     target, facts = node.target, em.facts
     assert isinstance(target, Region)
     shape = [em.integer(size) for size in facts.shape(node)]
-    shape[-3] = -(-shape[-3] // em.group.size)
-    program, inputs = write_tile(em, target, [attention_rows(facts, target)], [shape], shape[-2], shape[-3], shape[-3])
+    shares = head_shares(shape[-3], shape[-3], em.group.size)
+    own, most = max(1, shares[em.group.rank].num_queries), max(1, shares[0].num_queries)
+    shape[-3] = own
+    program, inputs = write_tile(em, target, [attention_rows(facts, target)], [shape], shape[-2], own, most)
     roles = [target.placeholders.index(target.exit.args[i]) for i in range(3)]  # type: ignore[arg-type]
     others = list(dict.fromkeys(index for index, _ in inputs if index not in roles))
     places = tuple((roles.index(i) if i in roles else 3 + others.index(i), dim) for i, dim in inputs)

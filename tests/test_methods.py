@@ -1,0 +1,225 @@
+"""Methods of sequence-parallel attention, each alone: the same as one device, for every mask, head count and number of ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from simulated import assert_close
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_autosp.attention import gather_kv, ring
+from lightning_autosp.attention.gather_kv import gather_kv_attention
+from lightning_autosp.attention.hybrid import hybrid_attention
+from lightning_autosp.attention.ring import ring_attention
+from lightning_autosp.attention.ulysses import ulysses_attention
+from lightning_autosp.attention.zigzag import chunk_lengths, from_zigzag, held_chunks, to_zigzag
+from lightning_autosp.collectives import Group
+from lightning_autosp.compiler.layout import base_cuts
+from lightning_autosp.compiler.simulate import run_ranks
+
+Attend = Callable[..., Tensor]
+
+
+def masked(name: str, length: int) -> Tensor | None:
+    """The mask that is given as such; causal and full are flags."""
+    row, column = torch.arange(length)[:, None], torch.arange(length)[None]
+    documents = torch.arange(length) * 3 // length
+    return {
+        "window": (column <= row) & (row - column < 4),
+        "documents": (column <= row) & (documents[:, None] == documents[None]),
+        "bias": -0.3 * (row - column).abs().double(),
+    }.get(name)
+
+
+def lengths_of(length: int, ranks: int) -> tuple[int, ...]:
+    cuts = base_cuts(length, ranks)
+    return tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+
+
+def inputs(
+    heads: int, kv_heads: int, length: int, num_keys: int | None = None, width: int = 4, value_width: int = 5
+) -> list[Tensor]:
+    num_keys = length if num_keys is None else num_keys
+    of_queries, of_keys = (2, heads, length), (2, kv_heads, num_keys)
+    shapes = [(*of_queries, width), (*of_keys, width), (*of_keys, value_width), (*of_queries, value_width)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def one_device(tensors: list[Tensor], mask: Tensor | None, is_causal: bool, scale: float | None = None) -> list[Tensor]:
+    """The result, and the gradients of queries, keys and values."""
+    query, key, value = (x.detach().clone().requires_grad_() for x in tensors[:3])
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=grouped, scale=scale)
+    out.backward(tensors[3])
+    return [out.detach(), *(x.grad for x in (query, key, value) if x.grad is not None)]
+
+
+def on_ranks(tensors: list[Tensor], ranks: int, attend: Attend) -> list[Tensor]:
+    """The same by `attend(query, key, value, query_lengths, key_lengths, group)` on simulated ranks."""
+    lengths = [lengths_of(x.shape[2], ranks) for x in tensors]
+    parts = [x.split(each, dim=2) for x, each in zip(tensors, lengths, strict=True)]
+    leaves = [[x[rank].clone().requires_grad_() for x in parts[:3]] for rank in range(ranks)]
+
+    def work(rank: int) -> Tensor:
+        out = attend(*leaves[rank], lengths[0], lengths[1], Group("", ranks, rank))
+        assert out.shape == parts[3][rank].shape
+        return out
+
+    outs = run_ranks(ranks, work)
+    run_ranks(ranks, lambda rank: outs[rank].backward(parts[3][rank]))
+    grads = [torch.cat([leaf[i].grad for leaf in leaves], 2) for i in range(3)]  # type: ignore[misc]
+    return [torch.cat([out.detach() for out in outs], 2), *grads]
+
+
+def ulysses(mask: Tensor | None, is_causal: bool) -> Attend:
+    return lambda q, k, v, *rest: ulysses_attention(q, k, v, mask, 0.0, is_causal, None, *rest)
+
+
+def gathering(mask: Tensor | None, is_causal: bool) -> Attend:
+    return lambda q, k, v, *rest: gather_kv_attention(q, k, v, mask, 0.0, is_causal, None, *rest)
+
+
+def around(mask: Tensor | None, is_causal: bool) -> Attend:
+    return lambda q, k, v, *rest: ring_attention(q, k, v, is_causal, None, *rest)
+
+
+def both(inside: int, outside: Any) -> Callable[[Tensor | None, bool], Attend]:
+    return lambda mask, is_causal: lambda q, k, v, *rest: hybrid_attention(q, k, v, is_causal, None, inside, outside, *rest)
+
+
+METHODS: dict[str, tuple[Callable[[Tensor | None, bool], Attend], bool, tuple[int, ...]]] = {
+    "ulysses": (ulysses, True, (2, 3, 4)),
+    "gather_kv": (gathering, True, (2, 3, 4)),
+    "ring": (around, False, (2, 3, 4)),
+    "hybrid with a ring": (both(2, "ring"), False, (4, 6)),
+    "hybrid that gathers": (both(2, "gather_kv"), False, (4, 6)),
+    "hybrid of three": (both(3, "ring"), False, (6,)),
+}
+"""Of each whether it takes masks, and the numbers of ranks."""
+
+
+CASES = [
+    (name, ranks, mask)
+    for name, (_, takes_masks, sizes) in METHODS.items()
+    for ranks in sizes
+    for mask in ("causal", "full", *(("window", "documents", "bias") if takes_masks else ()))
+]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (6, 2), (7, 1), (2, 1)])
+@pytest.mark.parametrize(("method", "ranks", "mask"), CASES)
+def test_same_as_one_device(method: str, ranks: int, mask: str, heads: int, kv_heads: int) -> None:
+    make, given, is_causal = METHODS[method][0], masked(mask, 13), mask == "causal"
+    tensors = inputs(heads, kv_heads, 13)
+    want = one_device(tensors, given, is_causal)
+    for got, expected, name in zip(on_ranks(tensors, ranks, make(given, is_causal)), want, ("out", "dq", "dk", "dv"), strict=True):
+        assert_close(got, expected, 1e-10, name)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "hybrid of three"])
+def test_other_keys_than_queries(method: str) -> None:
+    tensors = inputs(6, 2, 13, 9)
+    want = one_device(tensors, None, False)
+    for got, expected in zip(on_ranks(tensors, 4, METHODS[method][0](None, False)), want, strict=True):
+        assert_close(got, expected, 1e-10, method)
+
+
+@pytest.mark.parametrize("length", [4, 5, 7])
+@pytest.mark.parametrize("attend", [around(None, True), gathering(None, True)])
+def test_fewer_positions_than_chunks(attend: Attend, length: int) -> None:
+    tensors = inputs(2, 1, length)
+    for got, expected in zip(on_ranks(tensors, 4, attend), one_device(tensors, None, True), strict=True):
+        assert_close(got, expected, 1e-10, "attention")
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_heads_are_gathered_in_groups(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[int] = []
+    original = gather_kv.start_all_gather
+
+    def noting(x: Tensor, group: Group) -> Tensor:
+        gathered.append(x.shape[2])
+        return original(x, group)
+
+    monkeypatch.setattr(gather_kv, "start_all_gather", noting)
+    tensors = inputs(10, 5, 13)
+    for chunks in (1, 2, 5, 9):
+        gathered.clear()
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any, chunks: int = chunks) -> Tensor:
+            return gather_kv_attention(q, k, v, None, 0.0, is_causal, 0.3, *rest, head_chunks=chunks)
+
+        for got, expected in zip(on_ranks(tensors, 3, attend), one_device(tensors, None, is_causal, 0.3), strict=True):
+            assert_close(got, expected, 1e-10, "attention")
+        assert max(gathered) == -(-5 // min(chunks, 5))
+        assert sum(gathered) == 2 * 3 * 5  # forward and backward, three ranks
+
+
+def test_causal_attention_to_other_positions_is_refused() -> None:
+    tensors = inputs(2, 2, 8, 6)
+    for attend in (around(None, True), gathering(None, True)):
+        with pytest.raises(ValueError, match=r"causal attention of \(4, 4\) queries to \(3, 3\) keys"):
+            on_ranks(tensors, 2, attend)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("length", [5, 11, 20])
+def test_zigzag_order_and_back(ranks: int, length: int) -> None:
+    x, y = torch.arange(length * 2).view(1, 2, length, 1), torch.randn(1, 1, length, 3).long()
+    lengths = lengths_of(length, ranks)
+    chunks = torch.arange(length).split(chunk_lengths(lengths))
+
+    def work(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        group, own = Group("", ranks, rank), [one.split(lengths, dim=2)[rank] for one in (x, y)]
+        there = to_zigzag(own, lengths, group)
+        return there[0], there[1], from_zigzag(there[0], lengths, group)
+
+    for rank, (first, second, back) in enumerate(run_ranks(ranks, work)):
+        held = torch.cat([chunks[chunk] for chunk in held_chunks(rank, ranks)])
+        assert torch.equal(first, x[:, :, held])
+        assert torch.equal(second, y[:, :, held])
+        assert torch.equal(back, x.split(lengths, dim=2)[rank])
+
+
+@pytest.mark.parametrize(("module", "attend"), [(ring, around(None, True)), (gather_kv, gathering(None, True))])
+def test_causal_work_is_the_same_on_all_ranks(module: Any, attend: Attend, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: dict[int, int] = {}
+    original = module.attend
+
+    def counting(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        rows, columns, rank = query.shape[2], key.shape[2], threading.get_ident()
+        pairs[rank] = pairs.get(rank, 0) + (rows * (rows + 1) // 2 if is_causal else rows * columns)
+        return original(query, key, value, is_causal, scale)
+
+    monkeypatch.setattr(module, "attend", counting)
+    tensors = [x.split(lengths_of(403, 8), dim=2) for x in inputs(1, 1, 403)[:3]]
+
+    def work(rank: int) -> Tensor:
+        own = [x[rank] for x in tensors]
+        return attend(*own, lengths_of(403, 8), lengths_of(403, 8), Group("", 8, rank))
+
+    run_ranks(8, work)
+    assert sum(pairs.values()) == 403 * 404 // 2
+    assert max(pairs.values()) <= 1.05 * sum(pairs.values()) / 8
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("method", ["ring", "gather_kv"])
+def test_bfloat16_errors_do_not_grow_with_the_ring(method: str, is_causal: bool) -> None:
+    """Of eight ranks, against float64: the gradients' is that of one device; the result is rounded once more at most."""
+    torch.manual_seed(0)
+    rounded = [x.bfloat16() for x in inputs(4, 2, 512, None, 32, 32)]  # widths that one device's kernel takes
+    want = one_device([x.double() for x in rounded], None, is_causal)
+
+    def errors(got: list[Tensor]) -> tuple[float, float]:
+        out, *grads = ((x.double() - y) / y.norm() for x, y in zip(got, want, strict=True))
+        return float(out.norm()), float(torch.stack([grad.norm() for grad in grads]).norm())
+
+    one, ranks = errors(one_device(rounded, None, is_causal)), errors(on_ranks(rounded, 8, METHODS[method][0](None, is_causal)))
+    assert ranks[1] <= 1.2 * one[1]
+    assert ranks[0] <= 1.4 * one[0]
