@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 from lightning_autosp import _compat
+from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.emit import Program
 from lightning_autosp.compiler.report import Report, StepReport, StrictModeError
@@ -259,15 +260,16 @@ class Run:
 class Simulation:
     """A group of ranks in one process, with a module's parameters on each."""
 
-    def __init__(self, module: nn.Module, num_ranks: int, *, sharded: bool) -> None:
+    def __init__(self, module: nn.Module, num_ranks: int, *, sharded: bool, attention: AttentionOptions | None = None) -> None:
         """Give every rank its parameters.
 
         Args:
             module: Whose parameters; they are copied.
             num_ranks: Ranks that share the sequence.
             sharded: Whether parameters are cut over dim 0.
+            attention: How methods of attention are chosen.
         """
-        self.num_ranks = num_ranks
+        self.num_ranks, self.attention = num_ranks, attention or AttentionOptions()
         self.parameters = [
             RankParameters(module, Group("simulated", num_ranks, rank), sharded=sharded) for rank in range(num_ranks)
         ]
@@ -279,7 +281,14 @@ class Simulation:
         mesh = _compat.mesh_without_group(self.num_ranks)
         first = self.parameters[0]
         return _SimulatedCompiler(
-            mesh=mesh, group=first.group, backend="aot_eager", report=report, kind=kind, parameters=first, simulation=self
+            mesh=mesh,
+            group=first.group,
+            backend="aot_eager",
+            report=report,
+            kind=kind,
+            parameters=first,
+            attention=self.attention,
+            simulation=self,
         )
 
     def run(self, step: LoweredStep, inputs: tuple[Any, ...]) -> Run:
@@ -462,11 +471,11 @@ class _OneDevice:
 class _Lowered(_OneDevice):
     """Another copy, its step lowered on simulated ranks."""
 
-    def __init__(self, module: nn.Module, method: str, num_ranks: int, sequence_dim: int) -> None:
+    def __init__(self, module: nn.Module, method: str, num_ranks: int, sequence_dim: int, attention: AttentionMethod) -> None:
         super().__init__(module, method)
         self.report = Report()
         # Sharded, as the strategy shards by default: the parameters' own collectives are checked too.
-        self.simulation = Simulation(module, num_ranks, sharded=True)
+        self.simulation = Simulation(module, num_ranks, sharded=True, attention=AttentionOptions(attention))
         compiler = self.simulation.compiler(self.report, method)
         self._step = CompiledStep(module, method, compiler, self.simulation.parameters[0], sequence_dim)  # type: ignore[arg-type]
 
@@ -777,6 +786,7 @@ def check(
     sequence_dim: int = 1,
     rtol: float | None = None,
     strict: bool = False,
+    attention: AttentionMethod = "auto",
 ) -> CheckResult:
     """Compare a module's step with its lowered form on simulated ranks, on the CPU of this process.
 
@@ -792,6 +802,7 @@ def check(
         rtol: What relative norms may differ by. Default: 1e-10 in float64; in float32, 1e-6 for scalars and 1e-5 for gradients and
             other tensors. Logged numbers below one are held to it as if they were one.
         strict: Whether anything that runs in full for want of a rule, and a step that is not one graph, is a difference.
+        attention: As the strategy's.
 
     Raises:
         CheckError: If there is nothing to compare with: the step fails on one device, the batch has no sequence to split, ...
@@ -803,14 +814,21 @@ def check(
     torch._dynamo.reset()  # its limit on recompilation counts over all checks
     try:
         with torch.enable_grad():
-            return _check(module, method, batch, num_ranks, sequence_dim, rtol, strict)
+            return _check(module, method, batch, num_ranks, sequence_dim, rtol, strict, attention)
     finally:
         torch._dynamo.reset()
         _set_rng_states(state)
 
 
 def _check(
-    module: nn.Module, method: str, batch: Any, num_ranks: int, sequence_dim: int, rtol: float | None, strict: bool
+    module: nn.Module,
+    method: str,
+    batch: Any,
+    num_ranks: int,
+    sequence_dim: int,
+    rtol: float | None,
+    strict: bool,
+    attention: AttentionMethod,
 ) -> CheckResult:
     notes: list[str] = []
     double_error: Exception | None = None
@@ -836,7 +854,7 @@ def _check(
         notes.append(f"not in float64, where one device fails: {headline(double_error)}")
     if all(name.startswith("buffer ") for name in want.values):
         raise CheckError(f"{_name(module, method)} returned and logged nothing on one device: there is nothing to compare.")
-    lowered = _Lowered(lowered_module, method, num_ranks, sequence_dim)
+    lowered = _Lowered(lowered_module, method, num_ranks, sequence_dim, attention)
     result = CheckResult(
         name=_name(module, method),
         length=max(tensor.shape[sequence_dim] for tensor in tensors if tensor.ndim > sequence_dim),
@@ -959,4 +977,5 @@ def check_target(
         sequence_dim=options["sequence_dim"],
         rtol=rtol,
         strict=strict or bool(options.get("strict")),
+        attention=options.get("attention", "auto"),
     )

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
+from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.backend import CompileBackend, compile_module
 from lightning_autosp.compiler.report import Report
@@ -42,6 +43,8 @@ from lightning_autosp.targets import TargetError, load_target, step_arguments
 __all__ = ["Plan", "PlanError", "Planner", "plan_target"]
 
 POLICIES: tuple[CheckpointPolicy, ...] = get_args(CheckpointPolicy)
+NODE_SIZE = 8
+"""Ranks that plans take a node to have."""
 
 
 class PlanError(TargetError):
@@ -212,6 +215,7 @@ class Planner:
         sequence_dim: int = 1,
         precision: str | None = None,
         sharded: bool = True,
+        attention: AttentionMethod = "auto",
         state_bytes: int | None = None,
         backend: CompileBackend = "inductor",
     ) -> None:
@@ -228,6 +232,7 @@ class Planner:
             sequence_dim: The dimension of batch tensors that is the sequence.
             precision: The Trainer's: "32-true", "bf16-true", "16-true", "bf16-mixed" or "16-mixed". `None`: parameters as they are.
             sharded: Whether parameters, gradients and optimizer state are sharded over the ranks.
+            attention: As the strategy's. Nodes are taken to have eight ranks.
             state_bytes: Optimizer state, in bytes for each parameter; `None`: what the optimizer's own step makes.
             backend: What the step will be compiled with.
 
@@ -247,6 +252,7 @@ class Planner:
             report=Report(),
             kind=step,
             parameters=self.parameters,
+            attention=AttentionOptions(attention, device.roofline.flops, device.roofline.link, NODE_SIZE),
         )
         compiled = CompiledStep(module, step, compiler, self.parameters, sequence_dim)  # type: ignore[arg-type]
         arguments, options = step_arguments(module, step, batch, dtype)
@@ -534,6 +540,7 @@ def plan_target(
         step=step,
         sequence_dim=options["sequence_dim"],
         precision=precision or options["precision"],
+        attention=options.get("attention", "auto"),
         state_bytes=state_bytes,
         backend=backend,
     )

@@ -54,6 +54,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_autosp import checkpoint as checkpoints
+from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
 from lightning_autosp.callbacks import count_sequences_once
 from lightning_autosp.check import CheckResult, check
 from lightning_autosp.compiler.backend import resolve_backend
@@ -79,7 +80,6 @@ from lightning_autosp.step import CompiledStep, batch_tensors
 __all__ = ["AutoSPStrategy", "refuse_pytorch_lightning"]
 
 ParameterSharding = Literal["auto", "replicate", "full"]
-AttentionMethod = Literal["auto", "ulysses"]
 Backend = Literal["auto", "inductor", "aot_eager"]
 StateDictType = Literal["full", "sharded"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
@@ -137,8 +137,12 @@ class AutoSPStrategy(ParallelStrategy):
             data_parallel_size: Groups of ranks that see different samples. "auto": 1, or what `sequence_parallel_size` leaves.
             parameter_sharding: "replicate": every rank holds all parameters. "full": parameters, gradients and optimizer state are
                 sharded over all ranks; parameters are gathered on use, inside the graph. "auto": "full" with more than one rank.
-            attention: How attention sees the whole sequence. "auto" and "ulysses": ranks exchange their part of the sequence for a
-                part of the heads and back.
+            attention: How attention sees the whole sequence. "ulysses": ranks exchange their part of the sequence for a part of
+                the heads and back. "gather_kv": queries stay, keys and values are gathered, a few heads at a time; of a window only
+                the neighbours'. "ring": queries stay, keys and values go around. "hybrid": heads are exchanged within parts of
+                the ranks (of a node, where there are several), across them keys and values are gathered or go around. "auto":
+                for each call what is estimated to take the least time (`attention.select`). A method that cannot compute a
+                call raises, with the line and the reason, when the step is compiled.
             sequence_dim: The dimension of batch tensors that holds the sequence.
             batch_source: Who loads in a group of ranks that share sequences. "replicated": every rank loads the same batch; the
                 first one of each stage is compared. "broadcast": the first rank loads, and sends. "exchange": every rank loads
@@ -239,7 +243,7 @@ class AutoSPStrategy(ParallelStrategy):
         """Compare a module's step on simulated ranks with one device, in this process, before there is a Trainer.
 
         `AutoSPStrategy.check(module, batch)` does it with default options, `AutoSPStrategy(sequence_dim=0).check(module, batch)`
-        with the instance's `sequence_dim` and `strict`.
+        with the instance's `sequence_dim`, `attention` and `strict`.
 
         Args:
             module: A LightningModule; it stays as it is.
@@ -262,6 +266,7 @@ class AutoSPStrategy(ParallelStrategy):
             sequence_dim=self.sequence_dim,
             rtol=rtol,
             strict=self._strict,
+            attention=self._attention,
         )
 
     @_AlsoOnClass
@@ -306,6 +311,7 @@ class AutoSPStrategy(ParallelStrategy):
             sequence_dim=self.sequence_dim,
             precision=precision,
             sharded=self._parameter_sharding != "replicate",
+            attention=self._attention,
             backend="aot_eager" if self._compile_backend == "aot_eager" else "inductor",
         )
         return planner.fitting(length)
@@ -474,7 +480,16 @@ class AutoSPStrategy(ParallelStrategy):
             strict=self._strict,
             memory=self._memory_options(),
             saved=self._saved,
+            attention=self._attention_options(),
         )
+
+    def _attention_options(self) -> AttentionOptions:
+        roofline = device_of(self.root_device).roofline
+        speeds = torch.tensor([roofline.flops, roofline.link], dtype=torch.float64, device=self.root_device)
+        if self.world_size > 1:  # what is chosen shapes the graphs
+            dist.all_reduce(speeds, dist.ReduceOp.MIN)
+        flops, link = speeds.tolist()
+        return AttentionOptions(self._attention, flops, link, self.num_processes)
 
     def _memory_options(self) -> MemoryOptions:
         device = device_of(self.root_device)

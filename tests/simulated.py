@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
+from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
 from lightning_autosp.check import Simulation
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.report import Report, StepReport
@@ -54,10 +55,11 @@ def lower(
     sequence_dim: int = 1,
     sharded: bool = False,
     backward: bool = True,
+    attention: AttentionMethod = "ulysses",
 ) -> Lowered:
     """Run `function(*inputs)` lowered on every simulated rank; the first output is differentiated."""
     torch._dynamo.reset()
-    simulation = Simulation(module, num_ranks, sharded=sharded)
+    simulation = Simulation(module, num_ranks, sharded=sharded, attention=AttentionOptions(attention))
     length = max(t.shape[sequence_dim] for t in inputs if t.ndim > sequence_dim)
     for tensor in inputs:
         for dim in range(tensor.ndim):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from simulated import assert_close
-from torch import Tensor
+from simulated import assert_close, assert_exact, lower
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_autosp.attention import gather_kv, ring
+from lightning_autosp import collectives
+from lightning_autosp.attention import gather_kv, ring, tiles
 from lightning_autosp.attention.gather_kv import gather_kv_attention
 from lightning_autosp.attention.hybrid import hybrid_attention
 from lightning_autosp.attention.ring import ring_attention
+from lightning_autosp.attention.select import AttentionMethod, AttentionMethodError, AttentionOptions, Offer, Work, choose
 from lightning_autosp.attention.ulysses import ulysses_attention
 from lightning_autosp.attention.zigzag import chunk_lengths, from_zigzag, held_chunks, to_zigzag
 from lightning_autosp.collectives import Group
@@ -223,3 +226,165 @@ def test_bfloat16_errors_do_not_grow_with_the_ring(method: str, is_causal: bool)
     one, ranks = errors(one_device(rounded, None, is_causal)), errors(on_ranks(rounded, 8, METHODS[method][0](None, is_causal)))
     assert ranks[1] <= 1.2 * one[1]
     assert ranks[0] <= 1.4 * one[0]
+
+
+class Layer(nn.Module):
+    """Projections around one call, as in a decoder: `mask(x)` makes its mask."""
+
+    def __init__(self, heads: int, kv_heads: int, mask: Callable[[Tensor], Tensor] | None, is_causal: bool) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.mask, self.is_causal = heads, kv_heads, mask, is_causal
+        self.q, self.k, self.v = (nn.Linear(8, 4 * n, bias=n == heads) for n in (heads, kv_heads, kv_heads))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            made(x).view(x.shape[0], x.shape[1], n, 4).transpose(1, 2)
+            for made, n in ((self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads))
+        )
+        mask = self.mask(x) if self.mask else None
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.is_causal, enable_gqa=True)
+        return out.square().mean()
+
+
+def positions(x: Tensor) -> tuple[Tensor, Tensor]:
+    index = torch.arange(x.shape[1])
+    return index[:, None], index[None]
+
+
+def window(x: Tensor) -> Tensor:
+    row, column = positions(x)
+    return (column <= row) & (row - column < 3)
+
+
+def documents(x: Tensor) -> Tensor:
+    row, column = positions(x)
+    numbers = (x[:, :, 0] > 0.5).cumsum(1)
+    return (numbers[:, None, :, None] == numbers[:, None, None, :]) & (column <= row)
+
+
+def per_head(x: Tensor) -> Tensor:
+    row, column = positions(x)
+    return torch.arange(1, 7)[:, None, None] * -0.1 * (row - column).abs().to(x.dtype)
+
+
+MASKS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "causal": None,
+    "full": None,
+    "window": window,
+    "documents": documents,
+    "padding": lambda x: ((x[:, :, 0] > -1)[:, None, None, :]) | (positions(x)[0] == positions(x)[1]),
+    "bias": per_head,
+}
+
+
+@pytest.mark.parametrize("tile", [None, 30])
+@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("method", ["ulysses", "gather_kv", "ring", "hybrid"])
+def test_compiled(method: AttentionMethod, mask: str, ranks: int, tile: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if tile is not None:
+        monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile)
+    net = Layer(6, 2, MASKS[mask], mask == "causal")
+    x = (torch.randn(2, 13, 8).double(),)
+    if method in ("ring", "hybrid") and (MASKS[mask] or (method == "hybrid" and ranks == 3)):
+        reason = "its mask" if MASKS[mask] else "3 ranks do not divide"
+        with pytest.raises(AttentionMethodError, match=rf"attention='{method}' cannot .* at .*test_methods.py:\d+: {reason}"):
+            lower(net, x, net, num_ranks=ranks, attention=method)
+        return
+    call = assert_exact(net, x, net, num_ranks=ranks, attention=method).report.attention[0]
+    assert call.method.startswith(method)
+    assert call.chosen.startswith(call.method)
+    assert call.mask_bytes == 0
+
+
+def test_a_window_fetches_a_few_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[Any] = []
+    original = gather_kv.fetch
+
+    def noting(x: Tensor, dim: int, bounds: Any, wanted: Any, group: Group) -> Tensor:
+        fetched.append([(first, behind) for ((first, behind, _),) in wanted])
+        return original(x, dim, bounds, wanted, group)
+
+    monkeypatch.setattr(gather_kv, "fetch", noting)
+    net = Layer(2, 1, window, False)
+    assert_exact(net, (torch.randn(2, 16, 8).double(),), net, num_ranks=4, attention="gather_kv")
+    assert fetched == [[(0, 4), (2, 8), (6, 12), (10, 16)]] * 8  # keys and values on four ranks
+
+
+def test_methods_are_for_the_operator() -> None:
+    class Squashed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made = nn.Linear(8, 8).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.made(x).view(2, -1, 4, 2).transpose(1, 2)
+            return ((q @ q.transpose(-2, -1)).tanh().softmax(-1) @ q).square().mean()
+
+    net = Squashed()
+    with pytest.raises(AttentionMethodError, match=r"'ring' cannot .*test_methods.py.*: it is written out, and computed on parts"):
+        lower(net, (torch.randn(2, 13, 8).double(),), net, attention="ring")
+
+
+def work(heads: int, kv_heads: int, ranks: int, length: int, **others: Any) -> Work:
+    lengths = lengths_of(length, ranks)
+    return Work(1, heads, kv_heads, 128, 128, lengths, lengths, others.pop("is_causal", True), 2, **others)
+
+
+H100 = AttentionOptions("auto", 9.89e14, 4.5e11, 8)
+
+
+def chosen(*sizes: int, **others: Any) -> Offer:
+    return choose(work(*sizes, **others), H100, "here.py:1").chosen
+
+
+def test_heads_for_all_ranks_are_exchanged() -> None:
+    assert chosen(32, 8, 8, 2**17).method == "ulysses"
+
+
+def test_fewer_heads_than_ranks_leave_none_idle() -> None:
+    assert chosen(2, 1, 8, 2**17).method != "ulysses"
+    assert chosen(8, 8, 16, 2**20).method != "ulysses"
+
+
+def test_a_window_fetches_from_neighbours() -> None:
+    ends = list(itertools.pairwise(itertools.accumulate(lengths_of(2**17, 8), initial=0)))
+    columns = tuple((max(0, start - 4095), stop) for start, stop in ends)
+    pairs = tuple((stop - start) * 4096 for start, stop in ends)
+    offer = chosen(32, 8, 8, 2**17, columns=columns, pairs=pairs, mask="a window", is_causal=False)
+    assert (offer.method, offer.sent) == ("gather_kv", 2 * 4095 * 8 * 256 * 2)
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (28, 4), (16, 1), (7, 1)])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("method", ["ulysses", "gather_kv", "ring", "hybrid"])
+def test_estimated_bytes_are_those_that_are_sent(
+    method: AttentionMethod, is_causal: bool, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the busiest rank, in forward and backward; less where chunks lie where they belong, or nobody attends to them."""
+    ranks, length = 4, 128
+    sent = [0] * ranks
+    lengths = lengths_of(length, ranks)
+    offer = choose(Work(2, *heads, 4, 5, lengths, lengths, is_causal, 8), AttentionOptions(method), "here.py:1").chosen
+    originals = collectives.start_all_to_all, collectives.start_all_gather
+
+    def exchanging(x: Tensor, output: Any, splits: Any, group: Group) -> Tensor:
+        rank = group.members[group.rank] if group.members else group.rank
+        rows = sum(n for r, n in enumerate(splits) if r != group.rank)
+        sent[rank] += rows * (x[0].numel() if len(x) else 0) * x.element_size()
+        return originals[0](x, output, splits, group)
+
+    def gathering_all(x: Tensor, group: Group) -> Tensor:
+        if not group.members:
+            sent[group.rank] += x.nbytes * (group.size - 1)
+        return originals[1](x, group)
+
+    for module in (collectives, ring, gather_kv):
+        monkeypatch.setattr(module, "start_all_to_all", exchanging)
+    for module in (collectives, gather_kv):
+        monkeypatch.setattr(module, "start_all_gather", gathering_all)
+    make = {"hybrid": both(offer.inside, offer.outside), "ulysses": ulysses, "gather_kv": gathering, "ring": around}[method]
+    on_ranks(inputs(*heads, length), ranks, make(None, is_causal))
+    assert max(sent) <= 1.01 * offer.sent
+    assert max(sent) >= (0.99 if not is_causal or method == "ulysses" else 0.7) * offer.sent

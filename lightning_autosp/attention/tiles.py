@@ -129,19 +129,19 @@ class Segments:
     columns: Lookup
     shape: tuple[int, ...]
 
-    def bounds(self, inputs: Sequence[Tensor], tile_rows: int) -> Tensor:
-        """Return for every range of rows the first column and the one behind the last whose number may be one of theirs.
+    def bounds(self, inputs: Sequence[Tensor], tile_rows: int, first_row: int, num_rows: int) -> Tensor:
+        """Return for every range of some rows the first column and the one behind the last whose number may be one of theirs.
 
         Numbers may be in any order; where they ascend, columns in between are few. Holds `TILE_ELEMENTS` booleans at most.
 
         Returns:
             Shape `(tiles, 2)`, int64. A range that attends to nothing has its first column behind its last.
         """
-        num_rows, num_columns = self.shape[-2:]
+        all_rows, num_columns = self.shape[-2:]
         num_tiles = -(-num_rows // tile_rows)
         device = inputs[self.rows.input].device
-        padded = torch.arange(num_tiles * tile_rows, device=device).clamp(max=num_rows - 1)
-        rows = self.rows(inputs, self.shape)[..., 0].expand(*self.shape[:-2], num_rows)[..., padded]
+        padded = first_row + torch.arange(num_tiles * tile_rows, device=device).clamp(max=num_rows - 1)
+        rows = self.rows(inputs, self.shape)[..., 0].expand(*self.shape[:-2], all_rows)[..., padded]
         low, high = torch.aminmax(rows.unflatten(-1, (num_tiles, tile_rows)), dim=-1)
         low, high = (limit.reshape(-1, num_tiles, 1) for limit in (low, high))
         columns = self.columns(inputs, self.shape)[..., 0, :].expand(*self.shape[:-2], num_columns).reshape(-1, 1, num_columns)
@@ -178,6 +178,7 @@ class TileProgram:
             they see decides the order of collectives.
         columns: Which columns a range of rows needs; `None` for all.
         segments: Which columns it needs for the values of inputs.
+        first: The row and the column that its rows and columns begin with, as `columns` and `segments` count them.
         attends: Whether it is attention, whose rows read other positions; otherwise rows are computed from their own.
         random: Whether random numbers are drawn; the first input is then a seed.
         autocast: Arguments of `torch.autocast` the program runs under; `None` for what is in force.
@@ -193,6 +194,7 @@ class TileProgram:
     inlined: bool
     columns: ColumnBounds | None = None
     segments: tuple[Segments, ...] = ()
+    first: tuple[int, int] = (0, 0)
     attends: bool = True
     random: bool = False
     autocast: tuple[str, torch.dtype, bool] | None = None
@@ -213,18 +215,20 @@ class TileProgram:
         Args:
             inputs: The program's inputs, not cut; their values say which columns are not needed. `None`: only positions do.
         """
-        rows = self.num_rows
+        rows, (first_row, first_column) = self.num_rows, self.first
         limits: list[list[list[int]]] = []
         if inputs is not None:
-            limits = [segments.bounds(inputs, self.tile_rows).tolist() for segments in self.segments]
+            limits = [segments.bounds(inputs, self.tile_rows, first_row, rows).tolist() for segments in self.segments]
         for index, start in enumerate(range(0, rows, self.tile_rows)):
             stop = min(start + self.tile_rows, rows)
-            low, high = self.columns(start, stop) if self.columns else (0, self.num_columns)
+            low, high = first_column, first_column + self.num_columns
+            if self.columns:
+                low, high = self.columns(first_row + start, first_row + stop)
             for limit in limits:
                 low, high = max(low, limit[index][0]), min(high, limit[index][1])
             # A kernel wants at least one column; rows that attend to nothing do so with one as with many.
-            low = max(0, min(low, self.num_columns - 1))
-            yield start, stop, low, max(min(high, self.num_columns), low + 1)
+            low = max(0, min(low - first_column, self.num_columns - 1))
+            yield start, stop, low, max(min(high - first_column, self.num_columns), low + 1)
 
     def cut(self, inputs: Sequence[Tensor], tile: tuple[int, int, int, int]) -> list[Tensor]:
         """Return the inputs of one tile."""

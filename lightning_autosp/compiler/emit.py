@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lightning_autosp import collectives
+from lightning_autosp.attention.select import AttentionOptions, Choice
 from lightning_autosp.attention.tiles import TileProgram
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.capture import is_size
@@ -95,6 +96,7 @@ class Emitter:
         sizes: Mapping[sympy.Symbol, int],
         group: Group,
         enter_parameter: Callable[[str], tuple[Any, tuple[Any, ...]]] | None = None,
+        attention: AttentionOptions | None = None,
     ) -> None:
         """Prepare to emit.
 
@@ -103,11 +105,15 @@ class Emitter:
             sizes: The value of every symbol.
             group: The sequence group, with this rank's place in it.
             enter_parameter: `name -> (function, further arguments)`: how a graph input becomes the parameter it stands for.
+            attention: How methods of attention are chosen.
         """
         self.plan, self.group = plan, group
         self.sizes = {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
         self.facts = plan.facts
         self.enter_parameter = enter_parameter
+        self.attention = attention or AttentionOptions()
+        self.attention_choices: dict[fx.Node, Choice] = {}
+        """By which method calls of attention run."""
         self.tile_programs: dict[fx.Node, TileProgram] = {}
         """How regions of rows run."""
         self._graph = fx.Graph()

@@ -11,11 +11,13 @@ import sympy
 import torch
 from torch import fx
 
+from lightning_autosp.attention import operators
 from lightning_autosp.attention.flash import is_kept
 from lightning_autosp.compiler.regions import Region, RowRegion
 from lightning_autosp.compiler.rule import bound
 from lightning_autosp.compiler.written_out import SDPA
 from lightning_autosp.lines import frames, source, user_line
+from lightning_autosp.memory.costs import cost
 
 if TYPE_CHECKING:
     from lightning_autosp.compiler.capture import Captured
@@ -61,6 +63,14 @@ class Attention:
     mask_bytes: int
     """Size of a mask that is kept whole; 0 if there is none."""
     mask_proven: bool
+    sent: int = 0
+    """Bytes that the busiest rank sends in forward and backward, as the choice of the method has it; 0 if there was none."""
+    flops: float = 0.0
+    """Of the busiest rank, likewise."""
+    peak: int = 0
+    """Bytes that a rank holds at once, likewise."""
+    chosen: str = ""
+    """What the method was estimated to take, and what others would, or why they cannot."""
 
 
 @dataclass
@@ -182,6 +192,10 @@ class StepReport:
         """Add the collectives of a compiled forward or backward graph."""
         for node in gm.graph.nodes:
             target = node.target
+            if target in operators.KERNELS:
+                name, size = f"within {target._schema.name.split('::')[1]}", int(cost(node).sent)
+                count, total = self.collectives.get(name, (0, 0))
+                self.collectives[name] = (count + 1, total + size)
             if node.op != "call_function" or getattr(target, "namespace", "") != "_c10d_functional":
                 continue
             name = target._schema.name.split("::")[1]
@@ -245,7 +259,13 @@ def _attention(node: fx.Node, sharding: Sharding, emitter: Emitter) -> Attention
         mask = bound(node)["attn_mask"] if node.target is SDPA else None
         kept, proven = [mask] if isinstance(mask, fx.Node) else [], False
         said = said or ("kept" if kept else "")
-    return Attention(user_line(node), sharding.note, said, sum(_bytes(one, emitter) for one in kept), proven)
+    call = Attention(user_line(node), sharding.note, said, sum(_bytes(one, emitter) for one in kept), proven)
+    choice = emitter.attention_choices.get(node)
+    if choice is not None:
+        best, others = choice.chosen, choice.others
+        call.method, call.sent, call.flops, call.peak = best.name, best.sent, best.flops, best.peak
+        call.chosen = "; ".join(str(offer) for offer in (best, *others))
+    return call
 
 
 def _tiled(node: fx.Node, emitter: Emitter) -> Tiled:
@@ -342,6 +362,8 @@ class Report:
             )
             for count, call in _grouped(_describe(call) for call in step.attention):
                 rows.append(("  attention", f"{count} x {call}"))
+            for count, offers in _grouped(call.chosen for call in step.attention if call.chosen):
+                rows.append(("  estimated", f"{count} x {offers}"))
             for count, text in _grouped(_describe_tiled(one) for one in step.tiled):
                 rows.append(("  in tiles", f"{count} x {text}"))
             for whole in step.kept:

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_autosp import _compat
 from lightning_autosp.attention.flash import keep_whole
+from lightning_autosp.attention.select import AttentionOptions
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler import rules
 from lightning_autosp.compiler.backend import CompileBackend, OnGraph, Partition, compile_module
@@ -76,6 +77,7 @@ class Compiler:
         pieces: Whether graphs are pieces of a step that is cut: what they compute as parts they hand on as parts (`PartTensor`).
         inspect: Called with every graph that was captured; may raise to refuse it.
         own: `id(tensor)` of the module's tensors whose sizes are marked now: no sequences by themselves.
+        attention: How methods of attention are chosen.
         memory: How memory is planned; `None`: PyTorch's own partitioner, and nothing is estimated.
         saved: What was planned for a program; the first of its step has to be it, others are planned as without.
         compared: Steps whose first program was.
@@ -95,6 +97,7 @@ class Compiler:
     pieces: bool = False
     inspect: Callable[[Captured], None] | None = None
     own: set[int] = field(default_factory=set)
+    attention: AttentionOptions = field(default_factory=AttentionOptions)
     memory: MemoryOptions | None = None
     saved: SavedPlan | None = None
     compared: set[str] = field(default_factory=set)
@@ -259,7 +262,8 @@ class LoweredStep:
         symbols = frozenset(s for s in self.captured.symbols if sizes.get(s, 0) >= ranks) if ranks > 1 else frozenset()
         too_short: frozenset[Span] = frozenset()
         while True:
-            emitter = Emitter(self.plan(symbols, too_short, arriving), sizes, group, parameters.enter if parameters else None)
+            enter = parameters.enter if parameters else None
+            emitter = Emitter(self.plan(symbols, too_short, arriving), sizes, group, enter, self.compiler.attention)
             try:
                 return emitter, emitter.emit()
             except ShardTooShortError as error:

@@ -261,6 +261,8 @@ def write_tile(
     own_heads: int = 0,
     most_heads: int = 0,
     tile_rows: int | None = None,
+    first: tuple[int, int] = (0, 0),
+    num_columns: tuple[int, int] | None = None,
 ) -> tuple[TileProgram, list[tuple[int, int | None]]]:
     """Write the program that computes a range of rows of a region's results.
 
@@ -273,6 +275,8 @@ def write_tile(
         own_heads: Heads on this rank.
         most_heads: The most a rank has.
         tile_rows: Rows of one range; `None`: as many as `TILE_ELEMENTS` lets.
+        first: The row and the column of the mask that rows and columns begin with.
+        num_columns: How many columns there are, and the most a rank has; `None`: all.
 
     Returns:
         The program, and for each of its inputs which of the region's it is and the dimension of its heads, if they are cut.
@@ -287,6 +291,8 @@ def write_tile(
     inputs: list[tuple[int, int | None]] = []
     cuts: list[Cut] = []
     env: dict[Key, Any] = {}
+    if num_columns is None:
+        num_columns = (0, 0) if columns is None else (em.integer(columns.size),) * 2
     per_row = 1  # elements of the largest value
 
     def rows_of(layout: Layout) -> Rows:
@@ -348,8 +354,7 @@ def write_tile(
         env[key] = value
         by_rows, _, by_columns = axes(cut)
         if by_rows is not None:
-            most_columns = 0 if by_columns is None else em.integer(by_columns.size)
-            per_row = max(per_row, int(torch.Size(tile_shape(node, cut, 1, most_columns, most_heads)).numel()))
+            per_row = max(per_row, int(torch.Size(tile_shape(node, cut, 1, num_columns[1], most_heads)).numel()))
     by_segments: list[Segments] = []
     if columns is not None and region.segments:
         mask = region.exit.args[3]
@@ -381,12 +386,13 @@ def write_tile(
         cuts=tuple(cuts),
         results=tuple(results),
         num_rows=results[0].shape[rows.dim] // around,
-        num_columns=0 if columns is None else em.integer(columns.size),
+        num_columns=num_columns[0],
         tile_rows=tile_rows,
         largest=per_row * min(tile_rows, num_rows),
         inlined=num_rows <= tile_rows,
         columns=column_bounds(proof, em.sizes) if proof is not None and columns is not None else None,
         segments=tuple(by_segments),
+        first=first,
         attends=not isinstance(region, RowRegion),
         random=region.any(is_random),
         autocast=_autocast(region.exits[0].meta["val"].device.type),

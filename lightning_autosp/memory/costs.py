@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from lightning_autosp.attention import operators
 from lightning_autosp.attention.tiles import description, program_of, rehearse
 from lightning_autosp.memory.meter import LiveBytes
 
@@ -20,6 +22,7 @@ __all__ = ["Cost", "Roofline", "attention_operators", "cost", "is_attention", "i
 
 aten = torch.ops.aten
 
+_wait = torch.ops._c10d_functional.wait_tensor
 _CPU_FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 _CPU_FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -74,7 +77,7 @@ class Roofline:
 
 def is_attention(node: fx.Node) -> bool:
     """Whether the operator is attention's forward: a kernel, or rows computed in tiles."""
-    if node.target in attention_operators:
+    if node.target in attention_operators or node.target is torch.ops.autosp.across_ranks.default:
         return True
     return node.target is torch.ops.autosp.tiles.default and program_of(node.args[1]).attends  # type: ignore[arg-type]
 
@@ -100,68 +103,111 @@ def cost(node: fx.Node) -> Cost:
         return Cost()
     if is_collective(node):
         return Cost(sent=float(sum(map(_bytes, _values(node.args)))))
+    sent = _own(node, _given(node)).sent if node.target in operators.KERNELS else 0.0
     moved = float(sum(map(_bytes, _values((node.args, node.kwargs)))) + sum(map(_bytes, pytree.tree_leaves(node.meta.get("val")))))
     flops, repeated = _flops(node)
-    return Cost(flops, moved, repeated=repeated)
+    return Cost(flops, moved, sent, repeated=repeated)
 
 
 def _flops(node: fx.Node) -> tuple[float, float]:
     """Return FLOPs, and those of them that are repeated."""
     given: Any = fx.map_arg((node.args, node.kwargs), lambda one: one.meta.get("val"))
     args, kwargs = given
-    if node.target is _CPU_FLASH:
-        return float(sdpa_flop_count(*(value.shape for value in args[:3]))), 0.0
-    if node.target is _CPU_FLASH_BACKWARD:
-        return float(sdpa_backward_flop_count(*(value.shape for value in args[:4]))), 0.0
     if getattr(node.target, "namespace", "") == "autosp":
-        return _own(node, args)[:2]
-    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
-    return (0.0 if formula is None else float(formula(*args, **kwargs, out_val=node.meta.get("val")))), 0.0
+        taken = _own(node, args)
+        return taken.flops, taken.repeated
+    return _operator_flops(node.target, args, kwargs, node.meta.get("val")), 0.0
+
+
+def _operator_flops(target: Any, args: Any, kwargs: Any, out: Any) -> float:
+    if target is _CPU_FLASH:
+        return float(sdpa_flop_count(*_whole_heads(args[:3])))
+    if target is _CPU_FLASH_BACKWARD:
+        return float(sdpa_backward_flop_count(args[0].shape, *_whole_heads(args[1:4])))
+    formula = flop_registry.get(getattr(target, "overloadpacket", None))
+    return float(formula(*args, **kwargs, out_val=out)) if formula is not None else 0.0
+
+
+def _whole_heads(values: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Return shapes with as many heads of keys and values as of queries: formulas know no grouped ones."""
+    batch, heads = values[0].shape[:2]
+    return [(batch, heads, *value.shape[2:]) for value in values]
 
 
 def workspace_bytes(node: fx.Node) -> int:
     """Return the bytes that an operator's kernel takes and gives back, as far as it is ours."""
     if getattr(node.target, "namespace", "") != "autosp":
         return 0
-    args: Any = fx.map_arg(node.args, lambda one: one.meta.get("val"))
-    return _own(node, args)[2]
+    return _own(node, _given(node)).workspace
 
 
-def _own(node: fx.Node, args: Any) -> tuple[float, float, int]:
-    """Return FLOPs, those that are repeated, and workspace of an operator that runs a program in tiles: two of them are tried."""
+def _given(node: fx.Node) -> Any:
+    return fx.map_arg(node.args, lambda one: one.meta.get("val"))
+
+
+class _Taken(NamedTuple):
+    flops: float
+    workspace: int
+    repeated: float = 0.0
+    sent: float = 0.0
+
+
+def _own(node: fx.Node, args: Any) -> _Taken:
+    """Return what one of this package's operators takes, which is tried on tensors without values."""
+    return _across_ranks(node, args) if node.target in operators.KERNELS else _in_tiles(node, args)
+
+
+def _across_ranks(node: fx.Node, args: Any) -> _Taken:
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    key = str((node.target, [(value.shape, value.stride(), value.dtype, value.device) for value in tensors], args[len(tensors) :]))
+    if key not in _tried:
+        live, work = LiveBytes(known=tensors), _Work()
+        with _fake_mode(tensors), torch.no_grad(), live, work:
+            results = operators.KERNELS[node.target](*args)
+        made = sum(map(_bytes, results))
+        _tried[key] = _Taken(work.flops, max(0, live.peak - made), sent=work.sent)
+    return _tried[key]
+
+
+def _fake_mode(tensors: Sequence[Tensor]) -> FakeTensorMode:
+    found: FakeTensorMode | None = next((value.fake_mode for value in tensors if isinstance(value, FakeTensor)), None)
+    return found or FakeTensorMode()
+
+
+def _in_tiles(node: fx.Node, args: Any) -> _Taken:
+    """Try two tiles."""
     *backward, inputs, handle = (args[0], args[2], args[3], args[1], args[4]) if _name(node) == "tiles_backward" else args
     tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
     key = (description(handle), tuple((value.shape, value.stride(), value.dtype) for value in tensors), str(backward[1:]))
     if key not in _tried:
-        fake_mode = next((value.fake_mode for value in tensors if isinstance(value, FakeTensor)), None) or FakeTensorMode()
-        live, flops = LiveBytes(known=tensors), _Flops()
-        with fake_mode, torch.no_grad(), live, flops:
+        live, work = LiveBytes(known=tensors), _Work()
+        with _fake_mode(tensors), torch.no_grad(), live, work:
             times = rehearse(handle, inputs, *backward)
         results = sum(map(_bytes, pytree.tree_leaves(node.meta.get("val"))))
         repeated = 0.0
         if backward:
-            with fake_mode, torch.no_grad(), _Flops() as forward:
-                repeated = rehearse(handle, inputs) * forward.total
-        _tried[key] = flops.total * times, repeated, max(0, live.peak - results)
+            with _fake_mode(tensors), torch.no_grad(), _Work() as forward:
+                repeated = rehearse(handle, inputs) * forward.flops
+        _tried[key] = _Taken(work.flops * times, max(0, live.peak - results), repeated)
     return _tried[key]
 
 
-_tried: dict[Any, tuple[float, float, int]] = {}
+_tried: dict[Any, _Taken] = {}
 """By what a program does: layers are alike."""
 
 
-class _Flops(TorchDispatchMode):
-    """Counts the FLOPs of operators that run under it."""
+class _Work(TorchDispatchMode):
+    """Counts the FLOPs of operators that run under it, and the bytes that are handed to collectives."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0.0
+        self.flops = self.sent = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(getattr(func, "overloadpacket", None))
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        if getattr(func, "namespace", "") == "_c10d_functional" and func.overloadpacket is not _wait:
+            self.sent += _bytes(args[0])
+        self.flops += _operator_flops(func, args, kwargs or {}, out)
         return out
 
 

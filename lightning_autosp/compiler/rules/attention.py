@@ -1,7 +1,12 @@
-"""Attention over a sharded sequence: the operator, and regions of pairs of positions (`regions.py`)."""
+"""Attention over a sharded sequence: the operator, and regions of pairs of positions (`regions.py`).
+
+Which method computes a call of the operator is chosen when its sizes are known (`attention/select.py`).
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
 from typing import Any
 
@@ -10,8 +15,14 @@ import torch
 from torch import fx
 
 from lightning_autosp.attention.flash import HEADS, WHOLE, arguments, handle_of, ulysses_flash
-from lightning_autosp.attention.tiles import run_tiles
+from lightning_autosp.attention.gather_kv import gather_kv_attention, gather_kv_tiles
+from lightning_autosp.attention.hybrid import hybrid_attention
+from lightning_autosp.attention.masks import column_bounds
+from lightning_autosp.attention.ring import ring_attention
+from lightning_autosp.attention.select import AttentionMethodError, Choice, Work, choose, halo
+from lightning_autosp.attention.tiles import ColumnBounds, run_tiles
 from lightning_autosp.attention.ulysses import head_shares, ulysses_attention, ulysses_tiles
+from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.capture import is_size
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout, span_of
@@ -22,6 +33,7 @@ from lightning_autosp.compiler.rules.generic import broadcast_needs
 from lightning_autosp.compiler.rules.views import VIEWS, through_view
 from lightning_autosp.compiler.tiling import attention_rows, needs_of, row_layout, seed, write_tile
 from lightning_autosp.compiler.written_out import SDPA
+from lightning_autosp.lines import user_line
 
 __all__ = ["RULES", "emit_region", "region"]
 
@@ -29,7 +41,7 @@ aten = torch.ops.aten
 
 
 def attention(facts: Facts, node: fx.Node) -> Sharding | None:
-    """`F.scaled_dot_product_attention` by Ulysses: alone, or as the last of a region that computes its mask."""
+    """`F.scaled_dot_product_attention` by any method: alone, or as the last of a region that computes its mask."""
     given = _given(node)
     query, key, value = (given[name] for name in ("query", "key", "value"))
     layout = facts.layout(query)
@@ -63,16 +75,89 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
         parts = tuple(em.get(x, needs[x]) for x in (query, key, value))
         lengths = (em.lengths(layout), em.lengths(key_layout), em.group)
+        work = _work(em, n, given, (query, key, value), *lengths[:2])
+        choice = choose(work, em.attention, user_line(n))
+        em.attention_choices[n] = choice
         if joined:
+            if choice.chosen.method == "gather_kv":
+                return _emit_row_tiles(em, n, parts, halo(work), lengths)
             return _emit_tiles(em, n, parts, lengths)
-        mask = given["attn_mask"]
+        mask = None if given["attn_mask"] is None else em.get(given["attn_mask"], None)
         options = (given["dropout_p"], given["is_causal"], em.value(given["scale"]))
-        return em.call(ulysses_attention, (*parts, None if mask is None else em.get(mask, None), *options, *lengths))
+        return _emit_call(em, choice, parts, mask, options, lengths)
 
     repeated = tuple(one for one in (given["key"], given["value"]) if one not in needs)
     once = {one: wanted for one, wanted in needs.items() if repeated and one in (key, value)}
     mask = node.meta.get("mask", "")
-    return Sharding(needs, layout, emit, kind="attention", note="ulysses", mask=mask, unused=repeated, also=once)
+    return Sharding(needs, layout, emit, kind="attention", mask=mask, unused=repeated, also=once)
+
+
+def _emit_call(
+    em: Emitter, choice: Choice, parts: tuple[Any, ...], mask: Any, options: tuple[Any, ...], lengths: tuple[Any, ...]
+) -> fx.Node:
+    chosen = choice.chosen
+    if chosen.method == "ring":
+        return em.call(ring_attention, (*parts, *options[1:], *lengths))
+    if chosen.method == "hybrid":
+        return em.call(hybrid_attention, (*parts, *options[1:], chosen.inside, chosen.outside, *lengths))
+    method = ulysses_attention if chosen.method == "ulysses" else gather_kv_attention
+    return em.call(method, (*parts, mask, *options, *lengths))
+
+
+def _work(
+    em: Emitter,
+    node: fx.Node,
+    given: dict[str, Any],
+    inputs: tuple[fx.Node, fx.Node, fx.Node],
+    query_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+) -> Work:
+    """Describe a call of the operator to those who choose a method for it."""
+    query, key, value = ([em.integer(size) for size in em.facts.shape(x)] for x in inputs)
+    target, mask, columns = node.target, "", None
+    pairs: tuple[int, ...] = ()
+    if isinstance(target, Region):
+        mask = "of the batch's data" if target.proof is None else target.proof.text
+        bounds = None if target.proof is None else column_bounds(target.proof, em.sizes)
+        if bounds is not None:
+            columns, pairs = _attended(bounds, query_lengths, sum(key_lengths))
+    elif given["attn_mask"] is not None:
+        mask = "kept whole"
+    return Work(
+        batch=math.prod(query[:-3]),
+        heads=query[-3],
+        kv_heads=key[-3],
+        width=query[-1],
+        value_width=value[-1],
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        is_causal=bool(given["is_causal"]),
+        element_size=inputs[0].meta["val"].element_size(),
+        dropout=bool(given["dropout_p"]),
+        mask=mask,
+        columns=columns,
+        pairs=pairs,
+    )
+
+
+def _attended(bounds: ColumnBounds, lengths: tuple[int, ...], num_columns: int) -> tuple[Any, tuple[int, ...]]:
+    """Return for each rank which columns its rows attend to, and how many pairs that is, a sixteenth of the rows at a time."""
+    columns, pairs = [], []
+    for start, stop in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
+        low, high = _within(bounds, start, stop, num_columns)
+        columns.append((low, high))
+        step = -(-(stop - start) // 16)
+        tiles = ((first, min(first + step, stop)) for first in range(start, stop, step))
+        ranges = ((behind - first, _within(bounds, first, behind, num_columns)) for first, behind in tiles)
+        pairs.append(sum(rows * (high - low) for rows, (low, high) in ranges))
+    return tuple(columns), tuple(pairs)
+
+
+def _within(bounds: ColumnBounds, start: int, stop: int, num_columns: int) -> tuple[int, int]:
+    """Return the columns that rows attend to; one at least, which kernels want."""
+    low, high = bounds(start, stop)
+    low = max(0, min(low, num_columns - 1))
+    return low, max(min(high, num_columns), low + 1)
 
 
 def flash(facts: Facts, node: fx.Node) -> Sharding | None:
@@ -97,6 +182,7 @@ def flash(facts: Facts, node: fx.Node) -> Sharding | None:
         return None
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
+        _require(em, n, ("ulysses",), "it is a function of flash-attn, which attends to the whole sequence")
         parts = {name: em.get(value, needs[value]) for name, value in inputs.items()}
         whole = {name: em.value(value) for name, value in others.items()}
         lengths = (em.lengths(layout), em.lengths(key_layout), em.group)
@@ -165,6 +251,52 @@ def _emit_tiles(em: Emitter, node: fx.Node, parts: tuple[Any, ...], lengths: tup
     return em.call(ulysses_tiles, (*parts, values, places, program.handle, seed(em, program), *lengths))
 
 
+def _emit_row_tiles(
+    em: Emitter,
+    node: fx.Node,
+    parts: tuple[Any, ...],
+    columns: tuple[tuple[int, int], ...] | None,
+    lengths: tuple[tuple[int, ...], tuple[int, ...], Group],
+) -> fx.Node:
+    """Compute this rank's rows, from all keys or those that its rows attend to."""
+    target, facts, rank = node.target, em.facts, em.group.rank
+    assert isinstance(target, Region)
+    of_rank = columns or ((0, sum(lengths[1])),) * em.group.size
+    shape = [em.integer(size) for size in facts.shape(node)]
+    shape[-2] = lengths[0][rank]
+    program, inputs = write_tile(
+        em,
+        target,
+        [attention_rows(facts, target)],
+        [shape],
+        max(lengths[0]),
+        shape[-3],
+        shape[-3],
+        first=(sum(lengths[0][:rank]), of_rank[rank][0]),
+        num_columns=(of_rank[rank][1] - of_rank[rank][0], max(behind - first for first, behind in of_rank)),
+    )
+    roles = [target.placeholders.index(target.exit.args[i]) for i in range(3)]  # type: ignore[arg-type]
+    others = list(dict.fromkeys(index for index, _ in inputs if index not in roles))
+    places = tuple(
+        (
+            roles.index(i) if i in roles else 3 + others.index(i),
+            None if cut.rows is None else (cut.rows.dim, cut.rows.outer, cut.rows.inner),
+            cut.columns,
+        )
+        for (i, _), cut in zip(inputs, program.cuts, strict=True)
+    )
+    values = tuple(em.get(node.args[index], None) for index in others)
+    return em.call(gather_kv_tiles, (*parts, values, places, program.handle, seed(em, program), columns, *lengths))
+
+
+def _require(em: Emitter, node: fx.Node, methods: tuple[str, ...], reason: str) -> None:
+    """Refuse a method that was asked for, if it is not one of those that a form of attention is computed by."""
+    if em.attention.method not in ("auto", *methods):
+        raise AttentionMethodError(
+            f"attention={em.attention.method!r} cannot compute the attention at {user_line(node)}: {reason}. Use 'auto'."
+        )
+
+
 def region(facts: Facts, node: fx.Node) -> Sharding | None:
     """A region: parts of its heads (any dimension of its value that is independent of the others), else of its rows."""
     target = node.target
@@ -182,7 +314,10 @@ def region(facts: Facts, node: fx.Node) -> Sharding | None:
         if needs is None:
             continue
 
-        def emit(em: Emitter, n: fx.Node, wanted: Layout = wanted, needs: dict[fx.Node, Layout] = needs) -> fx.Node:
+        def emit(
+            em: Emitter, n: fx.Node, wanted: Layout = wanted, needs: dict[fx.Node, Layout] = needs, said: str = said
+        ) -> fx.Node:
+            _require(em, n, ("ulysses",), f"it is written out, and computed on {said}")
             return _emit_alone(em, n, wanted, needs)
 
         return Sharding(needs, wanted, emit, kind="attention", note=said)

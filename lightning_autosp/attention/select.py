@@ -1,0 +1,335 @@
+"""Which method computes an attention call: what each would take, from sizes alone, so that all ranks choose alike.
+
+A model, not a measurement: arithmetic of the busiest rank at a part of the device's peak, bytes it sends over the links that they
+cross, and a fixed time for each exchange. Forward and backward are counted, also where there will be no backward, so that training
+and validation do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_autosp.attention.ulysses import head_shares, wire_elements
+
+__all__ = ["AttentionMethod", "AttentionMethodError", "AttentionOptions", "Choice", "Offer", "Work", "choose", "halo"]
+
+AttentionMethod = Literal["auto", "ulysses", "gather_kv", "ring", "hybrid"]
+
+METHODS = get_args(AttentionMethod)[1:]
+"""Of equal ones the first is chosen."""
+
+KERNEL_SHARE = 0.6
+"""Of a device's peak that attention kernels reach."""
+
+EXCHANGE_SECONDS = 1e-5
+"""What an exchange takes beside its bytes."""
+
+BETWEEN_NODES = 1 / 9
+"""Of a link's speed within a node that a rank has to other nodes: one 400 Gb/s adapter beside an NVLink of 450 GB/s."""
+
+BACKWARD = 2.5
+"""Times the arithmetic of forward that backward does: five products, and forward two."""
+
+
+class AttentionMethodError(ValueError):
+    """The method that was asked for cannot compute an attention call."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How attention is computed.
+
+    Attributes:
+        method: Which method, or "auto": the one that takes least time.
+        flops: Floating-point operations a second of the device, at its peak.
+        link: Bytes a second that a rank sends to others of its node.
+        node_size: Neighbouring ranks that are one node; 0: all.
+    """
+
+    method: AttentionMethod = "auto"
+    flops: float = 1e15
+    link: float = 4.5e11
+    node_size: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One attention call, whole.
+
+    Attributes:
+        batch: Samples.
+        heads: Query heads.
+        kv_heads: Heads of keys and values.
+        width: Of a head of queries and keys.
+        value_width: Of a head of values.
+        query_lengths: Every rank's number of queries.
+        key_lengths: Every rank's number of keys.
+        is_causal: Whether it is causal by the kernel's flag.
+        element_size: Bytes of an element.
+        dropout: Whether weights are dropped.
+        mask: What is attended to, if not all or by the flag; "" if so.
+        columns: For each rank which keys its queries attend to, `(first, behind the last)`, as far as is known; `None`: all.
+        pairs: For each rank how many pairs of its queries and keys are computed, if queries stay where they are.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    is_causal: bool
+    element_size: int
+    dropout: bool = False
+    mask: str = ""
+    columns: tuple[tuple[int, int], ...] | None = None
+    pairs: tuple[int, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        return len(self.query_lengths)
+
+    def all_pairs(self) -> int:
+        """Return the pairs that are computed of each head and sample."""
+        if self.pairs:
+            return sum(self.pairs)
+        queries, keys = sum(self.query_lengths), sum(self.key_lengths)
+        return queries * (queries + 1) // 2 if self.is_causal else queries * keys
+
+    def flops(self, pairs: float, heads: float) -> float:
+        return (1 + BACKWARD) * 2 * self.batch * heads * pairs * (self.width + self.value_width)
+
+    def keys_bytes(self, length: float) -> float:
+        """Return the bytes of keys and values of that many positions."""
+        return self.batch * self.kv_heads * length * (self.width + self.value_width) * self.element_size
+
+    def queries_bytes(self, length: float) -> float:
+        """Return the bytes of queries and result of that many positions."""
+        return self.batch * self.heads * length * (self.width + self.value_width) * self.element_size
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a method would take for a call, forward and backward.
+
+    Attributes:
+        method: Which.
+        seconds: As estimated.
+        sent: Bytes that the busiest rank sends to others.
+        flops: Floating-point operations of the busiest rank.
+        peak: Bytes that a rank holds at once beside its own parts of queries, keys, values and result.
+        refusal: Why it cannot compute the call; "" if it can.
+        inside: Of a hybrid, ranks that exchange heads.
+        outside: Of a hybrid, what is done across them.
+    """
+
+    method: str
+    seconds: float = float("inf")
+    sent: int = 0
+    flops: float = 0.0
+    peak: int = 0
+    refusal: str = ""
+    inside: int = 0
+    outside: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.inside} ranks exchange heads, {self.outside} across" if self.inside else self.method
+
+    def __str__(self) -> str:
+        if self.refusal:
+            return f"{self.method}: {self.refusal}"
+        sizes = f"{self.sent / 2**20:.2f} MiB sent, {self.flops:.3g} FLOPs, {self.peak / 2**20:.2f} MiB held"
+        return f"{self.name} {self.seconds * 1e3:.3g} ms ({sizes})"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and what else there was."""
+
+    chosen: Offer
+    others: tuple[Offer, ...]
+
+
+def choose(work: Work, options: AttentionOptions, where: str) -> Choice:
+    """Return the method for a call.
+
+    Args:
+        work: The call.
+        options: What was asked for, and how fast the device is.
+        where: The line that the call is from, for errors.
+
+    Raises:
+        AttentionMethodError: If the method that was asked for cannot compute it.
+    """
+    offers = [_OFFERS[name](work, options) for name in METHODS]
+    chosen = min(offers, key=lambda offer: offer.seconds)
+    if options.method != "auto":
+        chosen = next(offer for offer in offers if offer.method == options.method)
+        if chosen.refusal:
+            possible = ", ".join(repr(offer.method) for offer in offers if not offer.refusal)
+            raise AttentionMethodError(
+                f"attention={options.method!r} cannot compute the attention at {where}: {chosen.refusal}. Use 'auto', or one of "
+                f"{possible}."
+            )
+    return Choice(chosen, tuple(offer for offer in offers if offer is not chosen))
+
+
+def halo(work: Work) -> tuple[tuple[int, int], ...] | None:
+    """Return which keys each rank fetches, where that is so few that they are fetched and not gathered."""
+    if work.columns is None:
+        return None
+    fetched = sum(behind - first for first, behind in work.columns)
+    return work.columns if fetched <= 3 * sum(work.key_lengths) else None
+
+
+def _spans_nodes(ranks: int, options: AttentionOptions) -> bool:
+    return bool(options.node_size) and ranks > options.node_size
+
+
+def _wire_seconds(sent: float, ranks: int, options: AttentionOptions, crossing: float | None = None) -> float:
+    """Return how long bytes take that go to all other ranks alike, or of which that many cross between nodes."""
+    if not _spans_nodes(ranks, options):
+        return sent / options.link
+    if crossing is None:
+        crossing = sent * (ranks - options.node_size) / (ranks - 1)
+    return max((sent - crossing) / options.link, crossing / (options.link * BETWEEN_NODES))
+
+
+def _compute_seconds(flops: float, options: AttentionOptions) -> float:
+    return flops / (options.flops * KERNEL_SHARE)
+
+
+def _ulysses(work: Work, options: AttentionOptions) -> Offer:
+    ranks = work.ranks
+    shares = head_shares(work.heads, work.kv_heads, ranks)
+    most = max(share.num_queries for share in shares)
+    keys = max(share.keys[1] - share.keys[0] for share in shares)
+    sizes = (work.batch, work.heads, work.kv_heads, work.query_lengths, work.width, work.value_width)
+    sent = 2 * work.element_size * max(wire_elements(*sizes, rank) for rank in range(ranks))
+    flops = work.flops(work.all_pairs(), most)
+    seconds = _compute_seconds(flops, options) + _wire_seconds(sent, ranks, options) + 4 * EXCHANGE_SECONDS
+    whole = work.queries_bytes(sum(work.query_lengths)) * most / work.heads
+    whole += work.keys_bytes(sum(work.key_lengths)) * keys / work.kv_heads
+    return Offer("ulysses", seconds, sent, flops, int(2 * whole))
+
+
+def _flags_only(work: Work, method: str) -> str:
+    """Return why a method whose kernels know no mask cannot compute a call."""
+    if work.mask:
+        return f"its mask ({work.mask}) is no flag of a kernel, and {method} attends to blocks of keys"
+    if work.dropout:
+        return f"it drops weights, and the kernels that {method} calls for blocks of keys do not"
+    return _square(work)
+
+
+def _square(work: Work) -> str:
+    if work.is_causal and work.query_lengths != work.key_lengths:
+        return f"it is causal, with {sum(work.query_lengths)} queries and {sum(work.key_lengths)} keys"
+    return ""
+
+
+def _zigzag_bytes(work: Work, keys: bool) -> float:
+    """Return what a rank sends to change the order of positions, there and back, forward and backward."""
+    most = max(work.query_lengths)
+    return 2 * (work.queries_bytes(most) + (work.keys_bytes(most) if keys else 0)) if work.is_causal else 0.0
+
+
+def _gather_kv(work: Work, options: AttentionOptions) -> Offer:
+    ranks, most = work.ranks, max(work.key_lengths)
+    refusal = _square(work)
+    if work.is_causal and work.dropout:
+        refusal = "it is causal and drops weights, and the kernels for blocks of keys do not"
+    if refusal:
+        return Offer("gather_kv", refusal=refusal)
+    fetched = halo(work)
+    others = (ranks - 1) * most
+    if fetched is not None:
+        others = max(behind - first - n for (first, behind), n in zip(fetched, work.key_lengths, strict=True))
+    in_graph = bool(work.mask) or work.dropout  # gathered once, and kept or computed again as the planner likes
+    times = 2 if in_graph else 3
+    sent = times * work.keys_bytes(max(others, 0))
+    crossing = None
+    if fetched is not None:
+        crossing = sent
+    elif options.node_size:
+        crossing = times * work.keys_bytes(max(ranks - options.node_size, 0) * most) / options.node_size
+    rows = work.all_pairs() / ranks
+    if work.mask and work.pairs:
+        rows = max(work.pairs)
+    flops = work.flops(rows, work.heads)
+    moved = _zigzag_bytes(work, keys=False)
+    seconds = (
+        _compute_seconds(flops, options) + _wire_seconds(sent, ranks, options, crossing) + _wire_seconds(moved, ranks, options)
+    )
+    seconds += (times + (4 if moved else 0)) * EXCHANGE_SECONDS
+    held = work.keys_bytes(max(others, 0) + most)
+    return Offer("gather_kv", seconds, int(sent + moved), flops, int(held + held * 4 / work.element_size))
+
+
+def _ring(work: Work, options: AttentionOptions) -> Offer:
+    refusal = _flags_only(work, "ring")
+    if refusal:
+        return Offer("ring", refusal=refusal)
+    ranks, most = work.ranks, max(work.key_lengths)
+    sent, moved = 3 * work.keys_bytes((ranks - 1) * most), _zigzag_bytes(work, keys=True)
+    flops = work.flops(work.all_pairs() / ranks, work.heads)
+    passing = _wire_seconds(sent, ranks, options, crossing=sent)  # one of a node's ranks sends to the next node, and all wait
+    seconds = max(_compute_seconds(flops, options), passing) + _wire_seconds(moved, ranks, options)
+    seconds += (3 * (ranks - 1) + (4 if moved else 0)) * EXCHANGE_SECONDS
+    held = (
+        3 * work.keys_bytes(most)
+        + (work.queries_bytes(max(work.query_lengths)) / 2 + work.keys_bytes(most)) * 4 / work.element_size
+    )
+    return Offer("ring", seconds, int(sent + moved), flops, int(held))
+
+
+def _hybrid(work: Work, options: AttentionOptions) -> Offer:
+    refusal = _flags_only(work, "hybrid")
+    ranks = work.ranks
+    node = options.node_size if _spans_nodes(ranks, options) else ranks
+    splits = [inside for inside in range(2, min(ranks - 1, node) + 1) if ranks % inside == 0 and node % inside == 0]
+    if not refusal and not splits:
+        refusal = f"{ranks} ranks do not divide into parts of two or more within nodes"
+    if refusal:
+        return Offer("hybrid", refusal=refusal)
+    found = [_split(work, options, inside, outside) for inside in splits for outside in ("ring", "gather_kv")]
+    return min(found, key=lambda offer: offer.seconds)
+
+
+def _split(work: Work, options: AttentionOptions, inside: int, outside: Literal["ring", "gather_kv"]) -> Offer:
+    shares = head_shares(work.heads, work.kv_heads, inside)
+
+    def sums(lengths: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sum(lengths[i : i + inside]) for i in range(0, len(lengths), inside))
+
+    def part(heads: int, kv_heads: int, queries: tuple[int, ...], keys: tuple[int, ...]) -> Work:
+        sizes = (work.batch, heads, kv_heads, work.width, work.value_width, queries, keys)
+        return Work(*sizes, work.is_causal, work.element_size)
+
+    # Within: what is sent; the arithmetic is that of the ranks across, which have the same heads.
+    sizes = (work.batch, work.heads, work.kv_heads, work.query_lengths[:inside], work.width, work.value_width)
+    sent = 2 * work.element_size * max(wire_elements(*sizes, rank) for rank in range(inside))
+    own = max(shares, key=lambda share: share.num_queries)
+    aligned = all(s.keys[1] - s.keys[0] < 2 or s.num_queries % (s.keys[1] - s.keys[0]) == 0 for s in shares)
+    heads, kv_heads = own.num_queries, own.keys[1] - own.keys[0] if aligned else own.num_queries
+    if heads % kv_heads:
+        kv_heads = heads
+    # Neighbours across are on different nodes, if there are several.
+    far = AttentionOptions(options.method, options.flops, options.link, 1 if _spans_nodes(work.ranks, options) else 0)
+    across = _OFFERS[outside](part(heads, kv_heads, sums(work.query_lengths), sums(work.key_lengths)), far)
+    seconds = across.seconds + sent / options.link + 4 * EXCHANGE_SECONDS
+    most = sum(work.query_lengths[:inside])
+    held = across.peak + int(2 * (work.queries_bytes(most) * heads / work.heads + work.keys_bytes(most) * kv_heads / work.kv_heads))
+    return Offer("hybrid", seconds, sent + across.sent, across.flops, held, inside=inside, outside=outside)
+
+
+_OFFERS: dict[str, Callable[[Work, AttentionOptions], Offer]] = {
+    "ulysses": _ulysses,
+    "gather_kv": _gather_kv,
+    "ring": _ring,
+    "hybrid": _hybrid,
+}
