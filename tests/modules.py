@@ -236,18 +236,18 @@ class MetricOfTheLoss(GPT):
 class HFLlama(Base):
     """A Hugging Face Llama from a config, unmodified."""
 
-    def __init__(self, lr: float = 1e-2, layers: int = 2) -> None:
+    def __init__(self, lr: float = 1e-2, layers: int = 2, heads: int = 8, kv_heads: int = 4) -> None:
         super().__init__(lr)
         from transformers import LlamaConfig, LlamaForCausalLM
 
         self.model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=VOCABULARY,
-                hidden_size=64,
+                hidden_size=8 * heads,
                 intermediate_size=96,
                 num_hidden_layers=layers,
-                num_attention_heads=8,
-                num_key_value_heads=4,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
                 max_position_embeddings=512,
             )
         )

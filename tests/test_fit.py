@@ -8,7 +8,7 @@ from typing import Any
 import jobs
 import numpy as np
 import pytest
-from pool import Pool
+from pool import JobError, Pool
 
 pytestmark = pytest.mark.dist
 FULL, REPLICATE = {"parameter_sharding": "full"}, {"parameter_sharding": "replicate"}
@@ -94,6 +94,44 @@ def test_any_length(pool: Pool, module: str, length: int) -> None:
 def test_four_ranks(pool: Pool, module: str) -> None:
     options = {"length": 250, "ignore_half": True}
     assert_same(fit(pool, module, FULL, 4, **options), reference(pool, module, **options))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "method"),
+    [(6, 2, "auto"), (6, 2, "ulysses"), (6, 2, "ring"), (2, 2, "ulysses"), (2, 2, "gather_kv"), (2, 1, "hybrid")],
+)
+def test_methods_of_attention(pool: Pool, heads: int, kv_heads: int, method: str) -> None:
+    options = {"module_options": {"heads": heads, "kv_heads": kv_heads}, "length": 250, "ignore_half": True}
+    one = pool.run(jobs.fit, 1, "HFLlama", None, 1, **options)[0]
+    run = fit(pool, "HFLlama", {"attention": method}, 4, **options)
+    assert_same(run, one)
+    step = run["report"]["steps"][0]
+    assert step["in_full"] == step["gathered"] == []
+    calls = step["attention"]
+    assert all(method == "auto" or call["method"].startswith(method) for call in calls)
+    assert all(call["sent"] > 0 and call["flops"] > 0 and "ulysses" in call["chosen"] for call in calls)
+    within = sum(size for name, (_, size) in step["collectives"].items() if "across_ranks" in name)
+    assert (within > 0) == any(call["method"].startswith(("ring", "gather_kv", "hybrid")) for call in calls)
+    assert step["memory"]["peak"] > 0
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_ring_is_gone_around_again_in_backward(pool: Pool, backend: str) -> None:
+    options = {"checkpoint_policy": "full", "compile_backend": backend, "attention": "ring"}
+    run = fit(pool, "HFLlama", options, 2, length=128)
+    assert_same(run, reference(pool, "HFLlama", length=128), digits=6 if backend == "aot_eager" else 5)
+    assert run["report"]["steps"][0]["memory"]["flops_again"] > 0
+
+
+def test_windows_fetch_from_neighbours(pool: Pool) -> None:
+    run = fit(pool, "HFMistral", {"attention": "gather_kv"}, 4, length=250)
+    assert_same(run, reference(pool, "HFMistral", length=250))
+    assert {call["method"] for call in run["report"]["steps"][0]["attention"]} == {"gather_kv"}
+
+
+def test_a_method_that_cannot_is_refused(pool: Pool) -> None:
+    with pytest.raises(JobError, match=r"attention='ring' cannot compute the attention at .*\.py:\d+: its mask"):
+        fit(pool, "HFMistral", {"attention": "ring"}, 2)
 
 
 @pytest.mark.parametrize("sharding", ["full", "replicate"])

@@ -207,7 +207,7 @@ def _ulysses(work: Work, options: AttentionOptions) -> Offer:
     ranks = work.ranks
     shares = head_shares(work.heads, work.kv_heads, ranks)
     most = max(share.num_queries for share in shares)
-    keys = max(share.keys[1] - share.keys[0] for share in shares)
+    keys = max(share.num_keys for share in shares)
     sizes = (work.batch, work.heads, work.kv_heads, work.query_lengths, work.width, work.value_width)
     sent = 2 * work.element_size * max(wire_elements(*sizes, rank) for rank in range(ranks))
     flops = work.flops(work.all_pairs(), most)
@@ -227,6 +227,8 @@ def _flags_only(work: Work, method: str) -> str:
 
 
 def _square(work: Work) -> str:
+    if work.is_causal and min(work.query_lengths) < 2:
+        return "a rank has one position, and zigzag order takes two"
     if work.is_causal and work.query_lengths != work.key_lengths:
         return f"it is causal, with {sum(work.query_lengths)} queries and {sum(work.key_lengths)} keys"
     return ""
@@ -314,8 +316,8 @@ def _split(work: Work, options: AttentionOptions, inside: int, outside: Literal[
     sizes = (work.batch, work.heads, work.kv_heads, work.query_lengths[:inside], work.width, work.value_width)
     sent = 2 * work.element_size * max(wire_elements(*sizes, rank) for rank in range(inside))
     own = max(shares, key=lambda share: share.num_queries)
-    aligned = all(s.keys[1] - s.keys[0] < 2 or s.num_queries % (s.keys[1] - s.keys[0]) == 0 for s in shares)
-    heads, kv_heads = own.num_queries, own.keys[1] - own.keys[0] if aligned else own.num_queries
+    aligned = all(share.num_queries % share.num_keys == 0 for share in shares)
+    heads, kv_heads = own.num_queries, own.num_keys if aligned else own.num_queries
     if heads % kv_heads:
         kv_heads = heads
     # Neighbours across are on different nodes, if there are several.

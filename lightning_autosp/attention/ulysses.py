@@ -4,7 +4,7 @@ Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3. Letters: B batch, H head
 rank's part, D head dimension, P ranks.
 
 Heads need not divide by ranks: a rank has `H // P` or one more, and of keys and values those that its own queries attend to, sent
-once each.
+once each. With fewer heads than ranks some compute for nothing.
 """
 
 from __future__ import annotations
@@ -43,19 +43,30 @@ class HeadShare(NamedTuple):
     def num_queries(self) -> int:
         return self.queries[1] - self.queries[0]
 
+    @property
+    def num_keys(self) -> int:
+        return self.keys[1] - self.keys[0]
+
 
 def head_shares(heads: int, kv_heads: int, ranks: int) -> list[HeadShare]:
     """Return every rank's heads; they differ by one query head at most, the ranks with more first.
+
+    With fewer heads than ranks, the last ranks have one each that is not there (numbers from `heads` on): a rank without any would
+    run other operators than the rest, and meet it in other collectives.
 
     Raises:
         ValueError: If the query heads are no multiple of the key/value heads.
     """
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads")
-    small, extra = divmod(heads, ranks)
+    small, extra = divmod(max(heads, ranks), ranks)
     cuts = list(itertools.accumulate((small + (rank < extra) for rank in range(ranks)), initial=0))
     times = heads // kv_heads
-    return [HeadShare((a, b), (a // times, -(-b // times) if a < b else a // times)) for a, b in itertools.pairwise(cuts)]
+    shares = []
+    for first, behind in itertools.pairwise(cuts):
+        low = min(first // times, kv_heads - 1)
+        shares.append(HeadShare((first, behind), (low, max(low + 1, min(-(-behind // times), kv_heads)))))
+    return shares
 
 
 def sequence_to_heads(
@@ -72,33 +83,33 @@ def sequence_to_heads(
     Returns:
         For each tensor shape `(B, own heads, L, D)`, `L` the sum of its lengths.
     """
+    # Positions come first in what is sent, as kernels have them: with one sample nothing is copied on arrival.
+    rows, width = [x.permute(2, 0, 1, 3) for x in tensors], len(tensors)
     pieces = []
     for rank in range(group.size):
         cuts = (own[rank] for own in shares)
-        pieces.append([x[:, start:stop].reshape(-1) for x, (start, stop) in zip(tensors, cuts, strict=True)])
+        pieces.append([x[:, :, start:stop].reshape(-1) for x, (start, stop) in zip(rows, cuts, strict=True)])
     shapes = []
     for source in range(group.size):
         for x, own, each in zip(tensors, shares, lengths, strict=True):
             start, stop = own[group.rank]
-            shapes.append((x.shape[0], stop - start, each[source], x.shape[3]))
+            shapes.append((each[source], x.shape[0], stop - start, x.shape[3]))
     sizes = [torch.Size(shape).numel() for shape in shapes]
-    width = len(tensors)
     received = [sum(sizes[i : i + width]) for i in range(0, len(sizes), width)]
     sent = [sum(piece.numel() for piece in some) for some in pieces]
     flat = all_to_all(torch.cat([piece for some in pieces for piece in some]), received, sent, group)
     blocks = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-    return [torch.cat(blocks[i::width], dim=2) for i in range(width)]
+    return [torch.cat(blocks[i::width]).permute(1, 2, 0, 3) for i in range(width)]
 
 
 def heads_to_sequence(x: Tensor, shares: Sequence[tuple[int, int]], lengths: tuple[int, ...], group: Group) -> Tensor:
     """Undo `sequence_to_heads` of a tensor whose heads every rank has some of: `(B, own heads, L, D)` to `(B, H, l, D)`."""
     batch, own, _, width = x.shape
-    length = lengths[group.rank]
-    counts = [stop - start for start, stop in shares]
-    parts = [part.reshape(-1) for part in x.transpose(0, 1).split(lengths, dim=2)]
-    received = [count * batch * length * width for count in counts]
-    flat = all_to_all(torch.cat(parts), received, [own * batch * n * width for n in lengths], group)
-    return flat.view(sum(counts), batch, length, width).transpose(0, 1)
+    shapes = [(lengths[group.rank], batch, stop - start, width) for start, stop in shares]
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    flat = all_to_all(x.permute(2, 0, 1, 3).reshape(-1), sizes, [own * batch * n * width for n in lengths], group)
+    blocks = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    return torch.cat(blocks, dim=2).permute(1, 2, 0, 3)
 
 
 def ulysses_attention(
@@ -130,16 +141,15 @@ def ulysses_attention(
     Returns:
         Shape `(..., H, l, Dv)`. Sends `wire_elements` elements a rank.
     """
+    grouped = query.shape[-3] != key.shape[-3]  # on all ranks alike, whatever heads they have
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         own = mask
         if mask is not None and mask.ndim > 2 and mask.shape[-3] != 1:
             own = own_heads(mask, mask.ndim - 3, group)
-        grouped = query.shape[-3] != key.shape[-3]
         if grouped and query.is_cuda and query.dtype not in (torch.float16, torch.bfloat16):
             # The only kernel that takes grouped heads in other types holds all scores.
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
-            grouped = False
         return F.scaled_dot_product_attention(query, key, value, own, dropout, is_causal, scale=scale, enable_gqa=grouped)
 
     return exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
@@ -166,7 +176,7 @@ def ulysses_tiles(
         others: What else the program reads, whole.
         places: For each of the program's inputs, which of query, key, value and others it is and its dimension of `H` heads, if it
             has one and the program reads this rank's.
-        handle: Of the program; it computes this rank's heads, one that counts for nothing where it has none.
+        handle: Of the program; it computes this rank's heads.
         seed: The program's seed, if it draws random numbers.
         query_lengths: Every rank's number of queries.
         key_lengths: Every rank's number of keys.
@@ -202,34 +212,28 @@ def exchanged(
     leading, heads, kv_heads, rank = query.shape[:-3], query.shape[-3], key.shape[-3], group.rank
     shares = head_shares(heads, kv_heads, group.size)
     of_queries, of_keys = ([share.queries for share in shares], [share.keys for share in shares])
-    parts = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
+    query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    missing = shares[-1].queries[1] - heads
+    if missing:
+        query = F.pad(query, (0, 0, 0, 0, 0, missing))
     cuts = (of_queries, of_keys, of_keys)
-    query, key, value = sequence_to_heads(parts, cuts, (query_lengths, key_lengths, key_lengths), group)
-    times, own = heads // kv_heads, shares[rank].num_queries
-    if any(b - a > 1 and (c != a * times or d != b * times) for (c, d), (a, b) in shares):
+    query, key, value = sequence_to_heads((query, key, value), cuts, (query_lengths, key_lengths, key_lengths), group)
+    times = heads // kv_heads
+    if any(share.num_keys > 1 and share.queries != (share.keys[0] * times, share.keys[1] * times) for share in shares):
         first = of_queries[rank][0] - of_keys[rank][0] * times
-        key, value = (x.repeat_interleave(times, dim=1).narrow(1, first, own) for x in (key, value))
-    if heads < group.size:  # kernels want a head
-        query, key, value = (_at_least_one(x, 1) for x in (query, key, value))
+        key, value = (x.repeat_interleave(times, dim=1).narrow(1, first, shares[rank].num_queries) for x in (key, value))
     out = kernel(*(x.reshape(*leading, *x.shape[1:]) for x in (query, key, value)))
-    out = out.reshape(-1, *out.shape[-3:])
-    if heads < group.size:
-        out = out.narrow(1, 0, own)
-    out = heads_to_sequence(out, of_queries, query_lengths, group)
+    out = heads_to_sequence(out.reshape(-1, *out.shape[-3:]), of_queries, query_lengths, group)[:, :heads]
     return out.reshape(*leading, *out.shape[1:])
 
 
-def _at_least_one(x: Tensor, dim: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = max(0, 1 - shape[dim])
-    return torch.cat([x, x.new_zeros(shape)], dim=dim)
-
-
 def own_heads(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Return this rank's query heads of a whole tensor; one of zeros for a rank that has none."""
-    start, stop = head_shares(x.shape[dim], x.shape[dim], group.size)[group.rank].queries
-    own = x.narrow(dim, start, stop - start)
-    return _at_least_one(own, dim) if x.shape[dim] < group.size else own
+    """Return this rank's query heads of a whole tensor, zeros where they are not there."""
+    shares = head_shares(x.shape[dim], x.shape[dim], group.size)
+    missing = shares[-1].queries[1] - x.shape[dim]
+    if missing:
+        x = torch.cat([x, x.new_zeros((*x.shape[:dim], missing, *x.shape[dim + 1 :]))], dim=dim)
+    return x.narrow(dim, shares[group.rank].queries[0], shares[group.rank].num_queries)
 
 
 def wire_elements(batch: int, heads: int, kv_heads: int, lengths: Sequence[int], width: int, value_width: int, rank: int) -> int:
@@ -246,6 +250,6 @@ def wire_elements(batch: int, heads: int, kv_heads: int, lengths: Sequence[int],
     """
     shares = head_shares(heads, kv_heads, len(lengths))
     others = [r for r in range(len(lengths)) if r != rank]
-    there = sum(shares[r].num_queries * width + (shares[r].keys[1] - shares[r].keys[0]) * (width + value_width) for r in others)
+    there = sum(shares[r].num_queries * width + shares[r].num_keys * (width + value_width) for r in others)
     back = shares[rank].num_queries * value_width * sum(lengths[r] for r in others)
     return batch * (lengths[rank] * there + back)

@@ -241,7 +241,7 @@ def _emit_tiles(em: Emitter, node: fx.Node, parts: tuple[Any, ...], lengths: tup
     assert isinstance(target, Region)
     shape = [em.integer(size) for size in facts.shape(node)]
     shares = head_shares(shape[-3], shape[-3], em.group.size)
-    own, most = max(1, shares[em.group.rank].num_queries), max(1, shares[0].num_queries)
+    own, most = shares[em.group.rank].num_queries, shares[0].num_queries
     shape[-3] = own
     program, inputs = write_tile(em, target, [attention_rows(facts, target)], [shape], shape[-2], own, most)
     roles = [target.placeholders.index(target.exit.args[i]) for i in range(3)]  # type: ignore[arg-type]
