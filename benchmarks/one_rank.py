@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
 from lightning_autosp.compiler.backend import CompileBackend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
@@ -74,6 +75,7 @@ def measure_step(
     sequence_dim: int = 1,
     host_limit: int | None = None,
     backend: CompileBackend = "aot_eager",
+    attention: AttentionMethod = "auto",
 ) -> Measured:
     """Run one training step of the first rank, forward and backward, and count.
 
@@ -86,6 +88,7 @@ def measure_step(
         sequence_dim: The dimension of batch tensors that is the sequence.
         host_limit: Bytes that the step may keep on the host; `None`: any, for "offload", else none.
         backend: With "inductor" nothing is counted.
+        attention: A method.
     """
     torch._dynamo.reset()
     device = device_of(torch.device("cpu"))
@@ -110,6 +113,7 @@ def measure_step(
         backend=backend,
         report=report,
         kind="",
+        attention=AttentionOptions(attention),
         memory=options,
         meter=meter,
     )

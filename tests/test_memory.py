@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autosp import AutoSPStrategy
+from lightning_autosp.attention.select import AttentionMethod
 from lightning_autosp.memory.costs import Roofline
 from lightning_autosp.memory.devices import device_kind, limit_bytes, parse_bytes
 from lightning_autosp.memory.estimate import MemoryLimitError, optimizer_memory
@@ -67,6 +68,15 @@ def test_prediction_is_what_is_counted(world: int, name: str, policy: str, lengt
     with fake_ranks(world) as mesh:
         found = measure_step(make(name), batch_of(length), mesh, policy)
     assert found.estimate.policy == policy
+    assert found.estimate.saved == pytest.approx(found.saved, rel=0.01)
+    assert found.predicted_peak == pytest.approx(found.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("policy", ["none", "attention", "full"])
+@pytest.mark.parametrize("method", ["ulysses", "gather_kv", "ring", "hybrid"])
+def test_methods_of_attention_take_what_is_predicted(method: AttentionMethod, policy: str) -> None:
+    with fake_ranks(4) as mesh:
+        found = measure_step(make("bert"), batch_of(130), mesh, policy, attention=method)
     assert found.estimate.saved == pytest.approx(found.saved, rel=0.01)
     assert found.predicted_peak == pytest.approx(found.peak, rel=0.02)
 

@@ -204,8 +204,10 @@ class _Work(TorchDispatchMode):
         self.flops = self.sent = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "overloadpacket", None) is _wait:
+            return args[0]  # a fake one would be another tensor
         out = func(*args, **(kwargs or {}))
-        if getattr(func, "namespace", "") == "_c10d_functional" and func.overloadpacket is not _wait:
+        if getattr(func, "namespace", "") == "_c10d_functional":
             self.sent += _bytes(args[0])
         self.flops += _operator_flops(func, args, kwargs or {}, out)
         return out
