@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from pool import Pool
 
+torch.set_num_threads(1)  # tests run side by side, and their tensors are small
+
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:

@@ -32,31 +32,31 @@ def assert_goes_on(run: dict[str, Any], whole: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_resume_on_any_number_of_ranks(pool: Pool, tmp_path: Path, kind: str) -> None:
-    whole = reference(pool, "GPT", **WHOLE_RUN)
+    whole = reference(pool, "Shallow", **WHOLE_RUN)
     path = str(tmp_path / "model.ckpt")
     options = {"state_dict_type": kind, "parameter_sharding": "full"}
-    saved = fit(pool, "GPT", options, 2, num_samples=8, checkpoint=path)
+    saved = fit(pool, "Shallow", options, 2, num_samples=8, checkpoint=path)
     assert Path(path).is_dir() == (kind == "sharded")
     for world_size in (1, 2, 4):
-        assert_goes_on(fit(pool, "GPT", options, world_size, **WHOLE_RUN, resume=path), whole)
-    assert_goes_on(fit(pool, "GPT", {"parameter_sharding": "replicate"}, 2, **WHOLE_RUN, resume=path), whole)
+        assert_goes_on(fit(pool, "Shallow", options, world_size, **WHOLE_RUN, resume=path), whole)
+    assert_goes_on(fit(pool, "Shallow", {"parameter_sharding": "replicate"}, 2, **WHOLE_RUN, resume=path), whole)
     if kind == "full":
-        assert_goes_on(pool.run(jobs.fit, 1, "GPT", None, 1, **WHOLE_RUN, resume=path)[0], whole)
-        plain = modules.GPT.load_from_checkpoint(path, lr=1e-2)
+        assert_goes_on(pool.run(jobs.fit, 1, "Shallow", None, 1, **WHOLE_RUN, resume=path)[0], whole)
+        plain = modules.Shallow.load_from_checkpoint(path, lr=1e-2)
         for name, value in plain.state_dict().items():
             np.testing.assert_array_equal(value.numpy(), saved["weights"][name])
 
 
 def test_reads_what_plain_lightning_wrote(pool: Pool, tmp_path: Path) -> None:
     path = str(tmp_path / "plain.ckpt")
-    pool.run(jobs.fit, 1, "GPT", None, 1, num_samples=8, checkpoint=path)
+    pool.run(jobs.fit, 1, "Shallow", None, 1, num_samples=8, checkpoint=path)
     assert_goes_on(
-        fit(pool, "GPT", {"parameter_sharding": "full"}, 2, **WHOLE_RUN, resume=path), reference(pool, "GPT", **WHOLE_RUN)
+        fit(pool, "Shallow", {"parameter_sharding": "full"}, 2, **WHOLE_RUN, resume=path), reference(pool, "Shallow", **WHOLE_RUN)
     )
 
 
 def test_a_checkpoint_callback_saves_during_fit(pool: Pool, tmp_path: Path) -> None:
-    runs = pool.run(jobs.fit_with_model_checkpoint, 2, "GPT", str(tmp_path))
+    runs = pool.run(jobs.fit_with_model_checkpoint, 2, "Shallow", str(tmp_path))
     assert runs[0] == runs[1]
     assert len(list(tmp_path.glob("*.ckpt"))) == 2
     state = torch.load(next(tmp_path.glob("*.ckpt")), weights_only=True)
@@ -106,7 +106,7 @@ def test_trainer_leaves_the_module_as_it_was(pool: Pool) -> None:
     import copy
     import pickle
 
-    module = modules.GPT()
+    module = modules.Shallow()
     before = set(module.__dict__), list(module.parameters()), type(module)
     trainer = Trainer(**jobs.QUIET, devices=1, strategy=jobs.strategy_of({}), max_steps=1)
     trainer.fit(module, modules.loader(2, 16))

@@ -305,7 +305,7 @@ def fit_from(strategy: dict[str, Any] | None, world: int, *, stream: bool, **opt
     }
 
 
-class TwoSets(modules.GPT):
+class TwoSets(modules.Shallow):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log("val_loss", self.loss(batch)[0], sync_dist=True)
 
@@ -337,7 +337,7 @@ def predict_from(source: str, data: int) -> tuple[list[Any], list[list[int]]]:
     writer = Writer()
     strategy = AutoSPStrategy(batch_source=source, data_parallel_size=data)
     trainer = Trainer(**jobs.QUIET, devices=2 * data, strategy=strategy, callbacks=[writer], limit_predict_batches=3)
-    predicted = trainer.predict(modules.GPT(), DataLoader(modules.Tokens(11, 16), batch_size=2))
+    predicted = trainer.predict(modules.Shallow(), DataLoader(modules.Tokens(11, 16), batch_size=2))
     return writer.indices, [list(one.shape) for one in predicted]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ def write(folder: Path, sizes: list[int], documents: tuple[int, ...] = ()) -> li
 
 
 def test_samples_of_one_process(tmp_path: Path) -> None:
-    data = TokenDataset(write(tmp_path, [21, 20]), 5)
+    files = write(tmp_path, [21, 20])
+    data = TokenDataset(files, 5)
     tokens = np.arange(41) % modules.VOCABULARY
     assert len(data) == 4 + 3  # of 20 tokens, the last five have no next token
     for index, begin in enumerate([0, 5, 10, 15, 21, 26, 31]):
@@ -43,7 +46,7 @@ def test_samples_of_one_process(tmp_path: Path) -> None:
     assert data[-1]["tokens"].tolist() == data[6]["tokens"].tolist()
     with pytest.raises(IndexError):
         data[7]
-    assert len(TokenDataset(data.files, 5, next_token=False)) == 4 + 4
+    assert len(TokenDataset(files, 5, next_token=False)) == 4 + 4
     batch = next(iter(DataLoader(data, batch_size=3)))
     assert batch["tokens"].shape == (3, 6)
 
@@ -100,11 +103,76 @@ def test_every_rank_reads_its_part(tmp_path: Path, size: int) -> None:
     everything = 2 * 100 * 1001
     for rank in range(size):
         data = TokenDataset(file, 1000)
-        counting = data._maps[file] = Counting(data._map(file))
+        (store,) = data._stores
+        counting = store.tokens = Counting(store.tokens)
         data.shard_sequence(rank, size)
         for batch in DataLoader(data, batch_size=7):
             assert batch["tokens"].local.shape[1] in (1001 // size, 1001 // size + 1)
         assert abs(counting.bytes / everything * size - 1) < 0.02
+
+
+def test_litdata() -> None:
+    """Of files that litdata 0.2.76 wrote: items `range(10 i, 10 i + i % 4 + 3)` for `i` below 12, in chunks of 6, 5 and 1 items."""
+    items = [list(range(10 * i, 10 * i + i % 4 + 3)) for i in range(12)]
+    chunks = [sum(part, []) for part in (items[:6], items[6:11], items[11:])]
+    data = TokenDataset(Path(__file__).parent / "data" / "litdata", 4, documents=True)
+    wanted = [tokens[begin : begin + 5] for tokens in chunks for begin in range(0, len(tokens) - 4, 4)]
+    assert [sample["tokens"].tolist() for sample in data] == wanted
+    assert [sample["document_ids"].tolist() for sample in data][:2] == [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]
+    assert data[1]["position_ids"].tolist() == [0, 1, 2, 0, 1]
+    again = pickle.loads(pickle.dumps(data))
+    assert [sample["tokens"].tolist() for sample in again] == wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_format": ["int"]}, "holds items of \\['int'\\]"),
+        ({"compression": "zstd"}, "is compressed or encrypted"),
+        (None, "is no dataset that litdata wrote"),
+    ],
+)
+def test_litdata_that_cannot_be_read(change: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+    if change is not None:
+        index = json.loads((Path(__file__).parent / "data" / "litdata" / "index.json").read_text())
+        (tmp_path / "index.json").write_text(json.dumps({**index, "config": {**index["config"], **change}}))
+    with pytest.raises(ValueError, match=message):
+        TokenDataset(tmp_path, 4)
+
+
+def rows() -> Any:
+    """Rows of 0, 1, 2, ... tokens, numbered on."""
+    lengths = [0, 3, 1, 7, 0, 5, 9, 2]
+    bounds = np.cumsum([0, *lengths])
+    return {"input_ids": [list(range(low, low + n)) for low, n in zip(bounds, lengths, strict=False)], "text": ["?"] * 8}
+
+
+def test_arrow(tmp_path: Path) -> None:
+    """Rows are one behind the other, in however many pieces they lie on disk, and are documents."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict(rows()).save_to_disk(str(tmp_path), num_shards=3)
+    stored = datasets.load_from_disk(str(tmp_path))
+    assert len(stored.data.column("input_ids").chunks) == 3
+    data = TokenDataset(stored, 6, documents=True)
+    assert [sample["tokens"].tolist() for sample in data] == [list(range(begin, begin + 7)) for begin in (0, 6, 12, 18)]
+    assert data[1]["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1]
+    data.shard_sequence(1, 2)
+    assert [batch["tokens"].local.tolist() for batch in DataLoader(data)] == [[[*range(b + 3, b + 7)]] for b in (0, 6, 12, 18)]
+    assert [sample["tokens"].local.tolist() for sample in pickle.loads(pickle.dumps(data))][0] == [3, 4, 5, 6]
+    part = TokenDataset([stored.select(range(4)).flatten_indices(), stored], 5)
+    assert [sample["tokens"].tolist()[0] for sample in part] == [0, 5, 0, 5, 10, 15, 20]
+
+
+def test_arrow_that_cannot_be_read() -> None:
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_dict({**rows(), "one": list(range(8)), "hole": [[1, None]] * 8})
+    for column, message in [("ids", "is not in the dataset"), ("text", "holds string"), ("one", "holds int64"), ("hole", "nulls")]:
+        with pytest.raises(ValueError, match=message):
+            TokenDataset(made, 2, column=column)
+    with pytest.raises(ValueError, match="flatten_indices"):
+        TokenDataset(made.shuffle(seed=1), 2)
+    with pytest.raises(ValueError, match="not from int"):
+        TokenDataset(3, 2)
 
 
 def test_found_in_other_datasets(tmp_path: Path) -> None:
@@ -135,7 +203,7 @@ def both(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"ids": batch["tokens"], "labels": batch["tokens"]}
 
 
-class OnTokens(modules.GPT):
+class OnTokens(modules.Shallow):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return super().training_step(both(batch), batch_idx)
 

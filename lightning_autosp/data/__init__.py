@@ -1,6 +1,7 @@
 """What ranks load, and whether they agree on it."""
 
-from lightning_autosp.data.tokens import SequenceShard, TokenDataset, documents_path
+from lightning_autosp.data.stores import documents_path
+from lightning_autosp.data.tokens import SequenceShard, TokenDataset
 from lightning_autosp.data.write import WriteError, find_documents, write_tokens
 
 __all__ = ["SequenceShard", "TokenDataset", "WriteError", "documents_path", "find_documents", "write_tokens"]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_autosp._compat import default_collate_fn_map
+from lightning_autosp.data.stores import Source, stores_of
 
-__all__ = ["SequenceShard", "TokenDataset", "documents_path", "make_whole", "sequence_shards", "shard_bounds", "sharded_datasets"]
+__all__ = ["SequenceShard", "TokenDataset", "make_whole", "sequence_shards", "shard_bounds", "sharded_datasets"]
 
 
 def shard_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
@@ -133,61 +132,58 @@ def sharded_datasets(dataset: Any) -> list[Any]:
     return [found for one in inner if one is not None and one is not dataset for found in sharded_datasets(one)]
 
 
-def documents_path(path: str | os.PathLike[str]) -> Path:
-    """Return where the positions that documents start at stand, beside a token file: `corpus.documents.npy`."""
-    return Path(path).with_suffix(".documents.npy")
-
-
 class TokenDataset(Dataset[dict[str, Any]]):
-    """Fixed-length samples of memory-mapped token files.
+    """Fixed-length samples of memory-mapped tokens.
 
     A sample is `{"tokens": ids}` of `length + 1` positions, the next token last: inputs are `tokens[:, :-1]`, labels
     `tokens[:, 1:]`. With `documents=True` there are also `"document_ids"`, counted within the sample from 0, and `"position_ids"`,
     counted within the document from its first token in the sample; both have a number for every token. All are int64, and tensors,
     or `SequenceShard`s where the strategy has sharded the dataset: of each sample, a rank then reads its slice alone.
 
-    Samples follow each other without a gap, do not reach from one file into the next, and leave out what remains at a file's end.
+    Samples follow each other without a gap, do not reach from one file (of litdata's, one chunk) into the next, and leave out what
+    remains at its end. Rows of a `datasets.Dataset` are taken as one file.
     """
 
     def __init__(
         self,
-        files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        sources: Source | Sequence[Source],
         length: int,
         *,
         dtype: str | np.dtype[Any] | None = None,
+        column: str = "input_ids",
         next_token: bool = True,
         documents: bool = False,
     ) -> None:
-        """Look at the files' sizes.
+        """Look at the sources' sizes.
 
         Args:
-            files: One-dimensional integers, as `.npy`, or raw.
+            sources: One or several. Files of one-dimensional integers, as `.npy`, or raw; directories of one-dimensional tensors
+                of integers that litdata's `optimize` wrote for its `TokensLoader`, not compressed; `datasets.Dataset`s with a
+                column of lists of integers.
             length: Positions of a sample.
             dtype: Of raw files, such as "uint16".
+            column: Of `datasets.Dataset`s.
             next_token: Whether samples have the token that follows them as a further position.
-            documents: Whether to number documents, by `documents_path(file)`: a one-dimensional int64 `.npy` with the positions
-                they start at, ascending, which `write_tokens` writes.
+            documents: Whether to number documents. Those of files by `documents_path(file)`: a one-dimensional int64 `.npy` with
+                the positions they start at, ascending, which `write_tokens` writes; of others, items and rows are documents.
 
         Raises:
-            ValueError: If a file holds something else, or no file holds a whole sample.
+            ValueError: If a source holds something else, or none holds a whole sample.
         """
         if not isinstance(length, int) or length < 1:
             raise ValueError(f"length={length!r} is not known. Use a number of tokens, 1 or larger.")
-        self.files = [Path(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
-        self.length, self.dtype, self.documents = length, dtype, documents
+        self._stores = stores_of(sources, dtype, column)
+        self.length, self.documents = length, documents
         self.span = length + bool(next_token)
-        self._maps: dict[Path, Any] = {}
         self._rank, self._size = 0, 1
-        sizes = [len(self._map(file)) for file in self.files]
+        sizes = [len(store.tokens) for store in self._stores]
         counts = [max(0, size - (self.span - length)) // length for size in sizes]
         self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         if not len(self):
             raise ValueError(f"no file holds the {self.span} tokens of a sample; they hold {sizes}. Use a smaller length.")
         if documents:
-            for file in self.files:
-                starts = self._map(documents_path(file))
-                if not len(starts) or starts[0] != 0:
-                    raise ValueError(f"{documents_path(file)}: the first document has to start at 0; found {starts[:1].tolist()}")
+            for store in self._stores:
+                assert len(store.documents)
 
     def shard_sequence(self, rank: int, size: int) -> None:
         """Give slice `rank` of `size` of each sample from now on; whole samples with `size=1`. The strategy calls it."""
@@ -204,12 +200,12 @@ class TokenDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"sample {index} of {len(self)}")
         index = int(index) % len(self)
         number = int(np.searchsorted(self._first, index, side="right")) - 1
-        file = self.files[number]
+        store = self._stores[number]
         begin = (index - int(self._first[number])) * self.length
         start, stop = shard_bounds(self.span, self._rank, self._size)
-        values = {"tokens": np.asarray(self._map(file)[begin + start : begin + stop]).astype(np.int64)}
+        values = {"tokens": np.asarray(store.tokens[begin + start : begin + stop]).astype(np.int64)}
         if self.documents:
-            starts = self._map(documents_path(file))
+            starts = store.documents
             first = int(np.searchsorted(starts, begin, side="right")) - 1
             last = int(np.searchsorted(starts, begin + self.span, side="left"))
             within = np.maximum(np.asarray(starts[first:last]), begin)
@@ -220,27 +216,3 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
     def _sample(self, local: Tensor, index: int) -> Tensor | SequenceShard:
         return local if self._size == 1 else SequenceShard(local, self.span, self._rank, self._size, (index,))
-
-    def _map(self, file: Path) -> Any:
-        if file not in self._maps:
-            self._maps[file] = self._open(file)
-        return self._maps[file]
-
-    def _open(self, file: Path) -> Any:
-        if file.suffix == ".npy":
-            values = np.load(file, mmap_mode="r")
-        elif self.dtype is None:
-            raise ValueError(f"{file} is a raw file of tokens: say dtype='uint16', or what they are; or use .npy files.")
-        elif file.stat().st_size % np.dtype(self.dtype).itemsize or not file.stat().st_size:
-            raise ValueError(f"{file} has {file.stat().st_size} bytes, which is no number of {np.dtype(self.dtype)} tokens.")
-        else:
-            values = np.memmap(file, self.dtype, "r")
-        if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise ValueError(
-                f"{file} holds {values.dtype} of shape {values.shape}; tokens and positions are one dimension of integers."
-            )
-        return values
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Worker processes map the files themselves: pickling a map would read all of it.
-        return {**self.__dict__, "_maps": {}}

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lightning_autosp.data.tokens import documents_path
+from lightning_autosp.data.stores import documents_path
 
 __all__ = ["WriteError", "find_documents", "write_tokens"]
 
