@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
 }
 
 
@@ -53,6 +54,7 @@ def _gpt2(sizes: dict[str, Any]) -> nn.Module:
         n_layer=sizes["num_hidden_layers"],
         n_head=sizes["num_attention_heads"],
         vocab_size=sizes["vocab_size"],
+        n_positions=sizes["max_position_embeddings"],
         attn_pdrop=0.0,
     )
     return GPT2LMHeadModel(config)
