@@ -41,6 +41,9 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     _pop_mode_temporarily,
 )
+
+# What sizes are made of.
+from torch.utils._sympy.functions import FloorDiv, Max, Min
 from torch.utils.checkpoint import CheckpointPolicy
 
 # Documented as what tells `default_collate` of further types, under this name.
@@ -56,10 +59,13 @@ DynamicInt: Any = getattr(torch.fx.experimental.sym_node, "DynamicInt", None)
 
 __all__ = [
     "DYNAMO_IGNORES_MODES",
-    "VMAP_CLOSES",
-    "VMAP_OPENS",
+    "FloorDiv",
     "FunctionalTensorMode",
     "GuardOnDataDependentSymNode",
+    "Max",
+    "Min",
+    "VMAP_CLOSES",
+    "VMAP_OPENS",
     "autograd_inside_operator",
     "boxed",
     "current_tracer",

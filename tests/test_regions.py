@@ -107,6 +107,13 @@ def disentangled(net: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (dots(q, k) + of_queries + of_keys).softmax(-1) @ v
 
 
+def mask_of_queries(net: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries meet embeddings of distances, and the kernel takes that for its mask."""
+    row, column = row_column(q)
+    distances = net.buckets((row - column).clamp(-8, 7) + 8)
+    return F.scaled_dot_product_attention(q, k, v, torch.einsum("bhqd,qkd->bhqk", q, distances))
+
+
 def repeated(q: Tensor, keep: Tensor) -> Tensor:
     """A mask of columns, repeated for samples and rows."""
     return keep.repeat(q.shape[0], q.shape[2], 1)[:, None]
@@ -185,6 +192,8 @@ TILED: dict[str, Written] = {
         dots(q, k).masked_fill(~((row_column(q)[0] + row_column(q)[1] > 5) & causal(q)), -1e9).softmax(-1) @ v
     ),
     "multi_query": multi_query,
+    "mask_of_queries": mask_of_queries,
+    "mask_of_queries_and_keys": lambda n, q, k, v: F.scaled_dot_product_attention(q, k, v, dots(k, q).transpose(-1, -2).tanh()),
     "softmax_with_own_sum": lambda n, q, k, v: (dots(q, k).exp() / dots(q, k).exp().sum(-1, keepdim=True)) @ v,
 }
 
@@ -214,8 +223,12 @@ def test_in_tiles(name: str, tile: None) -> None:
     net = Net(lambda *args: TILED[name](*args))
     for ranks in (2, 3):
         lowered = assert_exact(net, inputs(LENGTH), net, num_ranks=ranks)
-        assert [call.method for call in lowered.report.attention] == ["parts of heads, in tiles"]
+        (call,) = lowered.report.attention
+        assert call.method.startswith("parts of heads, in tiles")
+        assert ("one head of keys" in call.method) == (name == "multi_query")
         assert no_pairs(lowered)
+        assert not lowered.report.in_full
+        assert all(one.reason.startswith("returned") for one in lowered.report.gathered)
 
 
 @pytest.mark.parametrize("name", ["softcapped", "sinks", "by_bmm", "einsum", "relative"])

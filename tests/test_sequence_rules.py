@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from simulated import assert_step_exact, lower
 from test_rules import B, D, Net, V, check, ids_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_autosp.compiler.layout import Layout
 
 SPANS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "whole": lambda n, x: x,
@@ -153,6 +156,7 @@ POSITIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "cropped_by_more_than_a_part": lambda n, x: F.pad(x, (0, 0, -8, 1)),
     "chunks_and_back": lambda n, x: in_chunks(x, 2),
     "patches_merged": lambda n, x: merged_patches(x),
+    "torn_apart_by_a_view": lambda n, x: n.head(x)[..., :8].reshape(-1, 2).view(B, 4, -1, 2).transpose(1, 2).flatten(2),
     "tokens_before_rows_of_positions": lambda n, x: torch.cat(
         [n.token.expand(B, 2, D), x.transpose(1, 2).flatten(1)[..., None].expand(-1, -1, D)], 1
     ),
@@ -270,11 +274,19 @@ def test_batch_norm_remembers_what_one_device_does(training: bool) -> None:
     assert not any(step.in_full or step.gathered for step in report.steps)
 
 
+def shuffled(x: Tensor) -> Tensor:
+    """An order of the positions for every sample and feature."""
+    return (torch.arange(x.numel()).view(x.shape) * 7919 % 101).argsort(1)
+
+
 LOOKUPS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "one_for_each_sample": lambda n, x: x * x[torch.arange(B), torch.tensor([6, -1])].unsqueeze(1),
     "some_for_all_samples": lambda n, x: x * n.head(x[:, torch.tensor([8, 0, 8])])[..., :D].sum(1, keepdim=True),
     "by_index_select": lambda n, x: x * x.index_select(1, torch.tensor([3, 9])).sum(1, keepdim=True),
     "by_gather": lambda n, x: x * x.gather(1, torch.tensor([[[1, 7] * 4]] * B)),
+    "for_each_position": lambda n, x: x * x.gather(1, shuffled(x)),
+    "for_every_other_position": lambda n, x: n.head(x).gather(1, shuffled(n.head(x))[:, ::2]),
+    "one_for_many": lambda n, x: x.gather(1, (x > 0).long() * 9),
     "where_a_token_is": lambda n, x: x * x[torch.arange(B), (x > 0).any(-1).int().argmax(-1)].unsqueeze(1),
     "apart": lambda n, x: x[:, torch.tensor([2, 7, 4]), torch.tensor([0, 5, 5])].unsqueeze(1) * x[..., :1],
     "of_features": lambda n, x: x[:, :, torch.tensor([3, 0, 3])] * 2,
@@ -315,9 +327,44 @@ def linear_attention(x: Tensor, size: int, heads: int) -> Tensor:
     return gated.view(B, length, D)
 
 
+def attention_by_blocks(x: Tensor, size: int, heads: int) -> Tensor:
+    """Lightning attention, as Transformers writes it: blocks are sliced off, what they give is joined."""
+    length = x.shape[1]
+    q, k = (t.view(B, length, heads, -1).transpose(1, 2) for t in (x, x.sigmoid()))
+    state, out = x.new_zeros(B, heads, D // heads, D // heads), []
+    for i in range((length + size - 1) // size):
+        start, end = i * size, min(i * size + size, length)
+        q_block, k_block = q[:, :, start:end], k[:, :, start:end]
+        decay = (torch.arange(end - start) * -0.1).exp()
+        within = (q_block @ k_block.transpose(-1, -2)).tril() * decay
+        out.append(within @ q_block + (q_block * decay[:, None]) @ state)
+        state = state * math.exp(-0.1) + k_block.transpose(-1, -2) @ q_block
+    joined = torch.cat(out, -2).transpose(1, 2).reshape(B, length, D)
+    return joined * joined.square().mean(-1, keepdim=True)
+
+
 @pytest.mark.parametrize(("ranks", "span", "length"), RUNS)
-def test_recurrences_over_chunks_take_parts_of_the_heads(ranks: int, span: str, length: int) -> None:
-    check_sharded(lambda n, x: n.head(linear_attention(x, 4, 4)), ranks, span, length)
+def test_recurrences_over_blocks_take_parts_of_the_heads(ranks: int, span: str, length: int) -> None:
+    check_sharded(lambda n, x: n.head(attention_by_blocks(x, 6, 4)), ranks, span, length)
+
+
+def test_tokens_and_positions_apart_leave_the_sequence_cut() -> None:
+    """A few tokens are given to all ranks, which costs less than to cut another dimension."""
+
+    def body(net: Net, x: Tensor, ids: Tensor) -> Tensor:
+        return (x[:, 3:] * x[:, :1] * x[:, 1:3].sum(1, keepdim=True)).square().mean()
+
+    lowered = check(body, 14, num_ranks=2)
+    assert not lowered.report.in_full
+    assert not lowered.report.gathered
+    (plan,) = lowered.step._plans.values()
+    assert all(layout.along_sequence for layout in plan.facts.layouts.values() if isinstance(layout, Layout))
+
+
+@pytest.mark.parametrize("size", [4, 32], ids=["several_chunks", "less_than_a_chunk"])
+@pytest.mark.parametrize(("ranks", "span", "length"), RUNS)
+def test_recurrences_over_chunks_take_parts_of_the_heads(ranks: int, span: str, length: int, size: int) -> None:
+    check_sharded(lambda n, x: n.head(linear_attention(x, size, 4)), ranks, span, length)
 
 
 def test_recurrences_over_chunks_without_heads_are_exact() -> None:
@@ -325,7 +372,7 @@ def test_recurrences_over_chunks_without_heads_are_exact() -> None:
 
 
 REFUSED: dict[str, Callable[[Net, Tensor], Tensor]] = {
-    "positions_for_each_position": lambda n, x: x[..., 0].gather(1, (x[..., 0] > 0).long()),
+    "rows_for_each_position": lambda n, x: x[torch.arange(B).unsqueeze(1), (x[..., 0] > 0).long()],
     "norm_of_no_norms": lambda n, x: torch.linalg.vector_norm(x[..., 0], 0.5, 1),
     "sort": lambda n, x: x[..., 0].sort(1).values,
     "kernel_of_the_sequence": lambda n, x: F.conv1d(x.transpose(1, 2)[:1], x.transpose(1, 2)[:, :, 1:]),

@@ -25,6 +25,7 @@ from lightning_autosp.compiler.inline import inline_checkpoints, inline_vmaps
 from lightning_autosp.compiler.layout import as_expr
 from lightning_autosp.compiler.repeats import CannotRepeatError, Repeat, Repetitions, find_repeats
 from lightning_autosp.compiler.scalars import NeedsBreakError, keep_numbers_as_tensors
+from lightning_autosp.compiler.sizes import equal_sizes
 
 __all__ = ["Captured", "Fixed", "capture", "is_size", "memory_of"]
 
@@ -129,10 +130,9 @@ def capture(gm: fx.GraphModule, parameter_names: dict[int, str], own: Container[
     replacements = dict(_compat.shape_replacements(fake_mode))
     symbols = {symbol for size, _, is_own in marked if not is_own for symbol in as_expr(size, replacements).free_symbols}
     lengths = {symbol for size, _, is_own in marked if not is_own for symbol in _compat.symbols_at_first(size)}
-    equalities = [guard for guard, _ in guards if isinstance(guard, sympy.Eq)]
     of_module = {symbol for size, _, is_own in marked if is_own for symbol in as_expr(size, replacements).free_symbols - symbols}
-    replacements |= _sizes_that_follow(equalities, replacements, of_module, symbols)
-    replacements |= _equal_quotients(equalities, replacements)
+    known_sizes = [as_expr(size, replacements) for node in traced.graph.nodes for size in _sizes(node)]
+    replacements |= equal_sizes([guard for guard, _ in guards], replacements, of_module, symbols, known_sizes)
     own_sizes = {place: as_expr(size, replacements).free_symbols for size, place, is_own in marked if is_own}
     parameters = {
         node: parameter_names[id(example)]
@@ -169,14 +169,19 @@ def _refuse_sizes_of_data(captured: Captured) -> None:
     """
     known: set[sympy.Basic] = set()
     for node in captured.graph.nodes:
-        value = node.meta.get("val")
-        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-        sizes = [size for tensor in tensors for size in tensor.shape if isinstance(size, torch.SymInt)]
+        value, sizes = node.meta.get("val"), _sizes(node)
         if node.op == "placeholder":
             for size in [*sizes, *([value] if isinstance(value, torch.SymInt) else [])]:
                 known |= as_expr(size).free_symbols | captured.expr(size).free_symbols
         elif any(not as_expr(size).free_symbols <= known and not captured.expr(size).free_symbols <= known for size in sizes):
             raise _size_of_data(node)
+
+
+def _sizes(node: fx.Node) -> list[torch.SymInt]:
+    """Return the sizes of the tensors that a node holds, but numbers."""
+    tensors = (leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor))
+    sizes: list[int | torch.SymInt] = [size for tensor in tensors for size in tensor.shape]
+    return [size for size in sizes if isinstance(size, torch.SymInt)]
 
 
 def _size_of_data(node: fx.Node) -> NeedsBreakError:
@@ -199,37 +204,6 @@ def _fixed(guards: Iterable[tuple[sympy.Expr, str]], lengths: set[sympy.Symbol],
                 if known.alone and not alone:
                     found[int(number)] = Fixed(int(number), place)
     return list(found.values())
-
-
-def _sizes_that_follow(
-    equalities: Iterable[sympy.Eq],
-    replacements: Mapping[sympy.Expr, sympy.Expr],
-    of_module: set[sympy.Symbol],
-    symbols: set[sympy.Symbol],
-) -> dict[sympy.Expr, sympy.Expr]:
-    """Return the sizes of the module's tensors that have to be what the sequences make them: `(height // 16) * (width // 16)`."""
-    equal: dict[sympy.Expr, sympy.Expr] = {}
-    for equality in equalities:
-        sides = [as_expr(side, replacements) for side in equality.args]
-        for size, of_sequence in (sides, sides[::-1]):
-            if size in of_module and of_sequence.free_symbols and of_sequence.free_symbols <= symbols:
-                equal[size] = of_sequence
-    return equal
-
-
-def _equal_quotients(equalities: Iterable[sympy.Eq], replacements: Mapping[sympy.Expr, sympy.Expr]) -> dict[sympy.Expr, sympy.Expr]:
-    """Return the quotients that tracing found equal to something simpler.
-
-    `x.view(B, -1, 4, D)` of `s` positions has `s // (s // 4)` for the 4, which looks like one more sequence; every second position
-    from the first on are `(s + 1) // 2`, those from the second on `s // 2`.
-    """
-    equal: dict[sympy.Expr, sympy.Expr] = {}
-    for equality in equalities:
-        simple, quotient = sorted(equality.args, key=lambda side: (sympy.count_ops(side), str(side)))
-        known = as_expr(quotient, replacements)
-        if isinstance(quotient, sympy.Function) and as_expr(simple, replacements) != known:
-            equal[quotient] = equal[known] = simple
-    return equal
 
 
 def is_size(node: fx.Node) -> bool:

@@ -71,25 +71,34 @@ def make_plan(
     """
     options = frozenset(too_short), arriving, keep_parts
     plan = _make_plan(captured, symbols, mesh, *options, chunks=True)
-    if _cuts_chunks(plan):  # a recurrence over chunks rather wants all of them, and a part of the heads
+    if _has_chunks(plan):  # a recurrence over chunks rather wants all of them, and a part of the heads
         plan = min(plan, _make_plan(captured, symbols, mesh, *options, chunks=False), key=_num_whole)
     return plan
 
 
-def _cuts_chunks(plan: Plan) -> bool:
-    needs = ((source, layout) for sharding in plan.shardings.values() for source, layout in sharding.needs.items())
-    return any(layout.inner != 1 and layout != plan.facts.layout(source) for source, layout in needs)
+def _has_chunks(plan: Plan) -> bool:
+    """Whether a sequence is cut into whole chunks, or slices take it apart."""
+    taken: dict[fx.Node, sympy.Expr] = defaultdict(lambda: sympy.S.Zero)
+    for node, sharding in plan.shardings.items():
+        for source, layout in sharding.needs.items():
+            if layout.inner != 1 and layout != plan.facts.layout(source):
+                return True
+            if node.target is torch.ops.aten.slice.Tensor and sharding.kind != "local":
+                taken[source] += plan.facts.shape(node)[layout.dim] / layout.size
+    return any(sympy.cancel(share) == 1 for share in taken.values())
 
 
-def _num_whole(plan: Plan) -> int:
-    """Return how many values of the model every rank computes, or is given, whole."""
-    count = 0
+def _num_whole(plan: Plan) -> tuple[int, int]:
+    """Return how many values of the model are gathered, or in full though of a sequence, and how many every rank has whole."""
+    reported = count = 0
     for node, forms in plan.demands.items():
         if node.op == "call_function" and node in plan.facts.trained:
             sharding = plan.shardings.get(node)
             gathered = sharding is not None and isinstance(sharding.output, Layout) and None in forms
-            count += sharding is None or gathered or sharding.note == GIVEN_TO_ALL
-    return count
+            whole = sharding is None or gathered
+            reported += gathered or (whole and plan.facts.has_sequence(node))
+            count += whole or (sharding is not None and sharding.note == GIVEN_TO_ALL)
+    return reported, count
 
 
 def _make_plan(captured: Captured, symbols: Iterable[sympy.Symbol], mesh: DeviceMesh, *options: Any, chunks: bool) -> Plan:
@@ -123,7 +132,7 @@ def _plan(
     facts = Facts(captured, symbols, mesh, too_short, arriving, whole_sorts, find=rules.find, chunks=chunks)
     possible: dict[fx.Node, Sharding] = {}
     for node in captured.graph.nodes:
-        if any(source in facts.trained for source in node.all_input_nodes):
+        if not is_size(node) and any(source in facts.trained for source in node.all_input_nodes):
             facts.trained.add(node)
         if not facts.symbols:
             continue

@@ -178,6 +178,11 @@ class Emitter:
         """View this rank's part in the shape that `node` gives the whole."""
         return self.call(torch.ops.aten.reshape.default, (self.get(source, layout), self.local_shape(node, out)))
 
+    def gather(self, value: fx.Node, layout: Layout) -> fx.Node:
+        """Return the whole of what every rank has a part of."""
+        dims = layout.dim, self.integer(layout.outer), self.integer(layout.inner)
+        return self.call(gather_layout, (value, *dims, self.lengths(layout), self.group))
+
     # The walk.
 
     def emit(self) -> Program:
@@ -274,8 +279,7 @@ class Emitter:
                 if other is not None:
                     self._env[(node, other)] = self._exchange(value, form, other)
             if None in others:
-                lengths, dims = self.lengths(form), (form.dim, self.integer(form.outer), self.integer(form.inner))
-                self._env[(node, None)] = self.call(gather_layout, (value, *dims, lengths, self.group))
+                self._env[(node, None)] = self.gather(value, form)
                 self._gathers.append((node, self.plan.demands[node][None]))
             return
         for other in others:

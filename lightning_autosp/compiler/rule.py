@@ -94,7 +94,7 @@ class Facts:
         self.whole_sorts = whole_sorts
         """Sorts of rows whose order means something beyond the rows, so that ranks cannot sort their own."""
         self.chunks = chunks
-        """Whether sequences that views split are cut into whole chunks."""
+        """Whether a sequence stays cut where views split it into chunks or slices take some of them."""
         self.layouts: dict[fx.Node, Layout | None | tuple[Layout | None, ...]] = {}
         self.trained: set[fx.Node] = {*captured.trainable, *self.arriving}
         """Nodes computed from something that requires grad; the others are data, cheap enough to hold in full."""

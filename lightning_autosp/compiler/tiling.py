@@ -234,19 +234,32 @@ def _attention_inputs(facts: Facts, node: fx.Node, wanted: Layout) -> dict[fx.No
     return needs
 
 
-def needs_of(facts: Facts, node: fx.Node, *wanted: Layout) -> dict[fx.Node, Layout] | None:
-    """Return which inputs of the node of a region are needed as parts for parts of its results; `None` if parts do not do."""
+def needs_of(
+    facts: Facts, node: fx.Node, *wanted: Layout, operands: Mapping[fx.Node, Layout] | None = None
+) -> dict[fx.Node, Layout] | None:
+    """Return which inputs of the node of a region are needed as parts for parts of its results; `None` if parts do not do.
+
+    Args:
+        facts: What is known of the graph.
+        node: The node.
+        wanted: The parts of its results.
+        operands: Those of the queries, keys and values of a `scaled_dot_product_attention`.
+    """
     region = node.target
     assert isinstance(region, Region)
     traced = trace(facts, region, *((layout,) for layout in wanted))
     if traced is None:
         return None
     inputs = dict(zip(region.placeholders, node.args, strict=False))
-    needs: dict[fx.Node, Form] = {}
-    for source, (form,) in traced:
-        if source.op == "placeholder" and source in inputs:
+    needs: dict[fx.Node, Form] = dict(operands or {})
+    for (reader, _), read in traced.items():
+        for source, (form,) in read.items():
+            if source.op != "placeholder" or source not in inputs:
+                continue
             given = inputs[source]
             assert isinstance(given, fx.Node)
+            if operands and reader is region.exit and given in operands and form is None:
+                continue
             if needs.setdefault(given, form) != form:
                 return None  # wanted in two forms
     return {source: form for source, form in needs.items() if form is not None}

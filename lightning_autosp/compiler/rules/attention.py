@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -28,7 +29,7 @@ from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.plan import Form
 from lightning_autosp.compiler.regions import Region
-from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound
+from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound, tensor_inputs
 from lightning_autosp.compiler.rules.generic import broadcast_needs
 from lightning_autosp.compiler.rules.views import VIEWS, through_view
 from lightning_autosp.compiler.tiling import attention_rows, needs_of, row_layout, seed, write_tile
@@ -301,27 +302,61 @@ def region(facts: Facts, node: fx.Node) -> Sharding | None:
     """A region: parts of its heads (any dimension of its value that is independent of the others), else of its rows."""
     target = node.target
     assert isinstance(target, Region)
-    if target.exit.target is SDPA:
-        return attention(facts, node)
+    by_method = attention(facts, node) if target.exit.target is SDPA else None
+    if by_method is not None:
+        return by_method
     shape, ranks = facts.shape(node), facts.mesh.size()
     rows = row_layout(facts, target)
     heads = [Layout(dim, span_of(size)) for dim, size in enumerate(shape) if size.is_Integer and size >= ranks]
     heads += [layout for layout in _merged_heads(facts, target) if layout.size == shape[layout.dim] and layout.span.base >= ranks]
     # Samples last: a part of the samples would stay one through all that follows, and a batch may have few.
     heads.sort(key=lambda layout: (layout.dim == 0 and layout.outer == 1, int(layout.span.base) % ranks != 0, layout.dim))
-    for wanted, said in [*((layout, "parts of heads, in tiles") for layout in heads), (rows, "parts of rows, in tiles")]:
-        needs = needs_of(facts, node, wanted)
-        if needs is None:
-            continue
+    found = [_in_tiles(facts, node, wanted, said) for wanted, said in [*((one, "heads") for one in heads), (rows, "rows")]]
+    return min((one for one in found if one is not None), key=lambda one: _num_gathered(facts, node, one), default=None)
 
-        def emit(
-            em: Emitter, n: fx.Node, wanted: Layout = wanted, needs: dict[fx.Node, Layout] = needs, said: str = said
-        ) -> fx.Node:
-            _require(em, n, ("ulysses",), f"it is written out, and computed on {said}")
-            return _emit_alone(em, n, wanted, needs)
 
-        return Sharding(needs, wanted, emit, kind="attention", note=said)
-    return None
+def _in_tiles(facts: Facts, node: fx.Node, wanted: Layout, said: str) -> Sharding | None:
+    """Return how to compute a part of a region's value, if that is made of parts."""
+    by_heads, target = said == "heads", node.target
+    assert isinstance(target, Region)
+    operands = _operands(facts, node, wanted) if by_heads and target.exit.target is SDPA else {}
+    needs = None if operands is None else needs_of(facts, node, wanted, operands=operands)
+    if needs is None:
+        return None
+    shared = {one: layout for one, layout in _shared_by_heads(facts, node, wanted).items() if by_heads and one not in needs}
+
+    def emit(em: Emitter, n: fx.Node) -> fx.Node:
+        _require(em, n, ("ulysses",), f"it is written out, and computed on parts of {said}, in tiles")
+        return _emit_alone(em, n, wanted, needs, shared)
+
+    note = f"parts of {said}, in tiles" + (", one head of keys given to all ranks" if shared else "")
+    return Sharding(needs | shared, wanted, emit, kind="attention", note=note)
+
+
+def _num_gathered(facts: Facts, node: fx.Node, sharding: Sharding) -> int:
+    """Return how many inputs that are sequences of the model are wanted whole."""
+    whole = [one for one in tensor_inputs(node) if one in facts.trained and one not in sharding.needs]
+    return sum(facts.has_sequence(one) for one in whole)
+
+
+def _shared_by_heads(facts: Facts, node: fx.Node, wanted: Layout) -> dict[fx.Node, Layout]:
+    """Return the inputs that are sequences of one head for all, with their parts."""
+    from_last, found = len(facts.shape(node)) - wanted.dim, {}
+    for source in tensor_inputs(node):
+        layout, shape = facts.layout(source), facts.shape(source)
+        one = len(shape) >= from_last and shape[len(shape) - from_last] == 1 and len(facts.sequence_dims(source)) == 1
+        if one and layout is not None and layout.along_sequence and not layout.routed and source in facts.trained:
+            found[source] = layout
+    return found
+
+
+def _operands(facts: Facts, node: fx.Node, wanted: Layout) -> dict[fx.Node, Layout] | None:
+    """Return the parts of queries, keys and values for a part of the samples or heads."""
+    given, from_last = _given(node), len(facts.shape(node)) - wanted.dim
+    inputs = [given[name] for name in ("query", "key", "value")]
+    parts = {one: facts.fit(one, len(facts.shape(one)) - from_last, wanted) for one in inputs if len(facts.shape(one)) >= from_last}
+    known = {one: part for one, part in parts.items() if part is not None}
+    return known if len(known) == len(set(inputs)) else None
 
 
 def _merged_heads(facts: Facts, target: Region) -> list[Layout]:
@@ -338,10 +373,12 @@ def _merged_heads(facts: Facts, target: Region) -> list[Layout]:
 
 def emit_region(em: Emitter, node: fx.Node) -> fx.Node:
     """Compute a region from whole inputs."""
-    return _emit_alone(em, node, None, {})
+    return _emit_alone(em, node, None, {}, {})
 
 
-def _emit_alone(em: Emitter, node: fx.Node, part: Form, needs: dict[fx.Node, Layout]) -> fx.Node:
+def _emit_alone(
+    em: Emitter, node: fx.Node, part: Form, needs: Mapping[fx.Node, Layout], shared: Mapping[fx.Node, Layout]
+) -> fx.Node:
     target = node.target
     assert isinstance(target, Region)
     alone = (row_layout(em.facts, target), None, None) if target.exit.target is not SDPA else None
@@ -354,7 +391,9 @@ def _emit_alone(em: Emitter, node: fx.Node, part: Form, needs: dict[fx.Node, Lay
     elif part is not None:
         own, most = em.local_length(part), max(em.lengths(part))
     program, inputs = write_tile(em, target, [(rows, part, columns)], [shape], num_rows, own, most)
-    values = (em.get(node.args[index], needs.get(node.args[index])) for index, _ in inputs)  # type: ignore[arg-type]
+    gathered = {source: em.gather(em.get(source, layout), layout) for source, layout in shared.items()}
+    given = [node.args[index] for index, _ in inputs]
+    values = [gathered[x] if x in gathered else em.get(x, needs.get(x)) for x in given]  # type: ignore[arg-type, index]
     return em.call(operator.getitem, (em.call(run_tiles, (program.handle, *seed(em, program), *values)), 0))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -23,8 +25,8 @@ aten = torch.ops.aten
 _POSITIONS = 4
 """Positions a rank has when PyTorch is asked."""
 
-_OTHER_SIZE = 12
-"""What a symbol that is not cut stands for then: no quotient by a small number is zero."""
+_OTHER_SIZES = (12, 96, 1152)
+"""What a symbol that is not cut stands for then, the first that leaves no size without a position (`s - 24`)."""
 
 # Operators whose DTensor answer "average the partial results" is true of every position alike. A weighted mean (any loss that
 # ignores targets) gets the same answer and is not, so it needs a rule of its own.
@@ -100,11 +102,15 @@ def ask_pytorch(facts: Facts, node: fx.Node) -> Sharding | None:
             needs[value] = fitted
     if any(facts.expr(n).free_symbols & facts.symbols for n in node.all_input_nodes if is_size(n)):
         return None  # a size argument: it would have to be made local, which only a rule knows how to do
-    try:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _argument(facts, n, needs.get(n), layout))
-    except ZeroDivisionError:  # a size that small numbers for the symbols do not have
-        return None
-    placements = placements_of(node.target, args, kwargs, facts.mesh)
+    placements = None
+    for other in _OTHER_SIZES:
+        stand_in = functools.partial(_argument, facts, needs, layout, other)
+        try:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), stand_in)
+        except (ZeroDivisionError, _NoPositionError):
+            continue
+        placements = placements_of(node.target, args, kwargs, facts.mesh)
+        break
     if placements is None:
         return None
     values = pytree.tree_leaves(node.meta["val"])
@@ -134,28 +140,34 @@ def _batch_like(facts: Facts, node: fx.Node, value: fx.Node, reference: fx.Node,
     return facts.fit(value, dim, layout) if batched and dim >= 0 else None
 
 
-def _argument(facts: Facts, node: fx.Node, layout: Layout | None, reference: Layout) -> Any:
-    value = node.meta.get("val")
+class _NoPositionError(ValueError):
+    """Small numbers for the symbols leave a size without a position."""
+
+
+def _argument(facts: Facts, needs: Mapping[fx.Node, Layout], reference: Layout, other: int, node: fx.Node) -> Any:
+    value, layout = node.meta.get("val"), needs.get(node)
     if isinstance(value, torch.Tensor):
         ranks = facts.mesh.size()
-        shape = [_representative(size, reference, ranks) for size in facts.shape(node)]
+        shape = [_representative(size, reference, ranks, other) for size in facts.shape(node)]
+        if any(number < 1 and not size.is_Integer for number, size in zip(shape, facts.shape(node), strict=True)):
+            raise _NoPositionError
         if layout is None:
             return Argument(tuple(shape), value.dtype)
         if not layout.along_sequence:  # cut into parts of more than one position, which nothing can be broadcast to
-            around = _representative(layout.outer * layout.inner, reference, ranks)
+            around = _representative(layout.outer * layout.inner, reference, ranks, other)
             shape[layout.dim] = around * _POSITIONS * ranks
         return Argument(tuple(shape), value.dtype, layout.dim)
     if is_size(node):
-        return int(_representative(facts.expr(node), reference, facts.mesh.size()))
+        return int(_representative(facts.expr(node), reference, facts.mesh.size(), other))
     return value
 
 
-def _representative(size: sympy.Expr, layout: Layout, num_ranks: int) -> int:
-    """Replace symbols by small numbers: the sequence gets a length every rank has an equal part of."""
+def _representative(size: sympy.Expr, layout: Layout, num_ranks: int, other: int) -> int:
+    """Replace symbols by small numbers: the sequence gets a length every rank has an equal part of, all else `other`."""
     length = _POSITIONS * num_ranks
     span = layout.span
     if size == layout.size and layout.along_sequence and not layout.merged:
         return length
     values = dict.fromkeys(span.base.free_symbols, length - span.end + span.begin)
-    values.update({symbol: _OTHER_SIZE for symbol in size.free_symbols if symbol not in values})
+    values.update({symbol: other for symbol in size.free_symbols if symbol not in values})
     return int(size.xreplace(values))

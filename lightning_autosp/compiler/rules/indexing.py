@@ -40,7 +40,8 @@ def slice_(facts: Facts, node: fx.Node) -> Sharding | None:
     def positions(em: Emitter) -> list[range]:
         return [range(em.integer(layout.size))[em.value(given["start"]) : em.value(given["end"]) : em.value(given["step"])]]
 
-    return _without_ends(facts, source, layout, given, size) or choose(facts, node, layout, size, positions)
+    stay = _without_ends(facts, source, layout, given, size)
+    return stay or (choose(facts, node, layout, size, positions) if facts.chunks or not layout.along_sequence else None)
 
 
 def _without_ends(facts: Facts, source: fx.Node, layout: Layout, given: dict[str, Any], size: sympy.Expr) -> Sharding | None:

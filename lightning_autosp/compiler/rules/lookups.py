@@ -1,4 +1,8 @@
-"""Positions that data name (`x[torch.arange(B), last]`): looked up by the rank that holds them, and given to all."""
+"""Positions that data name (`x[torch.arange(B), last]`): looked up by the rank that holds them, and given to all.
+
+Where a position is named for every position (`x.gather(1, order)`), the parts go round: each rank looks up its own in one part
+after the other.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,9 @@ from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout
 from lightning_autosp.compiler.rule import GIVEN_TO_ALL, Facts, Rule, Sharding, bound
 from lightning_autosp.compiler.rules.generic import ask_pytorch
+from lightning_autosp.exchange import fetch
 
-__all__ = ["RULES", "gather_across", "index_across"]
+__all__ = ["RULES", "gather_across", "gather_in_turn", "index_across"]
 
 aten = torch.ops.aten
 
@@ -118,7 +123,9 @@ def gather(facts: Facts, node: fx.Node) -> Sharding | None:
     layout = facts.layout(table)
     if layout is None or layout.dim != dim:
         return ask_pytorch(facts, node)
-    if layout.outer != 1 or facts.has_sequence(positions) or table.meta["val"].dtype is torch.bool:
+    if facts.has_sequence(positions):
+        return _in_turn(facts, table, layout, positions)
+    if layout.outer != 1 or table.meta["val"].dtype is torch.bool:
         return None
 
     def emit(em: Emitter, n: fx.Node) -> fx.Node:
@@ -126,6 +133,42 @@ def gather(facts: Facts, node: fx.Node) -> Sharding | None:
         return em.call(gather_across, (em.get(table, layout), dim, em.get(positions, None), start, size, em.group))
 
     return Sharding({table: layout}, None, emit, kind="reduction", note=GIVEN_TO_ALL)
+
+
+def _in_turn(facts: Facts, table: fx.Node, layout: Layout, positions: fx.Node) -> Sharding | None:
+    """`torch.gather` along the sequence, of positions that are a sequence of that dimension too."""
+    out = facts.resized(layout, facts.shape(positions)[layout.dim])
+    part = None if out is None else facts.fit(positions, layout.dim, out)
+    if out is None or part is None or layout.merged or layout.routed or positions is table or table not in facts.trained:
+        return None
+
+    def emit(em: Emitter, n: fx.Node) -> fx.Node:
+        args = (em.get(table, layout), layout.dim, em.get(positions, part), em.bounds(layout), em.group)
+        return em.call(gather_in_turn, args)
+
+    return Sharding({table: layout, positions: part}, out, emit, kind="exchange")
+
+
+def gather_in_turn(x: Tensor, dim: int, positions: Tensor, bounds: Sequence[tuple[int, int]], group: Group) -> Tensor:
+    """`torch.gather` along a sharded `dim` for positions that are sharded along it as well.
+
+    Args:
+        x: This rank's part.
+        dim: The dimension that is split.
+        positions: Of the whole, this rank's part.
+        bounds: Every rank's `(start, stop)` of `x`.
+        group: The sequence group.
+    """
+    found: Tensor | None = None
+    for turn in range(group.size):
+        wanted = [bounds[(rank + turn) % group.size] for rank in range(group.size)]
+        start, stop = wanted[group.rank]
+        part = fetch(x, dim, bounds, [((*one, 1),) for one in wanted], group)
+        local, owned = _local(positions, start, stop - start, bounds[-1][1])
+        picked = part.gather(dim, local)
+        found = picked if found is None else torch.where(owned, picked, found)
+    assert found is not None
+    return found
 
 
 def gather_across(x: Tensor, dim: int, positions: Tensor, start: int, size: int, group: Group) -> Tensor:

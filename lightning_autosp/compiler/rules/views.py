@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lightning_autosp.compiler.emit import Emitter
-from lightning_autosp.compiler.layout import Layout
+from lightning_autosp.compiler.layout import Layout, Span
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound, tensor_inputs
 from lightning_autosp.compiler.rules.positions import pieces as pieces_of_sequence
 
@@ -29,23 +29,34 @@ def view(facts: Facts, node: fx.Node) -> Sharding | None:
         return None
     out = through_view(facts.shape(source), facts.shape(node), layout)
     if out is None:
-        return _into_chunks(facts, node, source, layout) if facts.chunks and not layout.merged else None
-    emit = functools.partial(_reshape, layout=layout, out=out)
-    return Sharding({source: layout}, out, emit, unused=_templates(node))
+        return None if layout.routed else _of_other_parts(facts, node, source, layout)
+    return _viewed(node, source, layout, out)
 
 
-def _into_chunks(facts: Facts, node: fx.Node, source: fx.Node, layout: Layout) -> Sharding | None:
-    """`(B, s, D) -> (B, chunks, length, D)`: whole chunks are cut."""
-    shape_in, shape_out = facts.shape(source), facts.shape(node)
-    for dim, size in enumerate(shape_out):
-        before = sympy.cancel(sympy.prod(shape_in[: layout.dim]) / sympy.prod(shape_out[:dim]))
-        length = sympy.cancel(sympy.prod(shape_out[dim + 1 :]) / sympy.prod(shape_in[layout.dim + 1 :]))
-        span = facts.span_of(size)
-        if span is not None and before == 1 and length.is_Integer:
-            need, out = Layout(layout.dim, span, inner=length), Layout(dim, span)
-            emit = functools.partial(_reshape, layout=need, out=out)
-            return Sharding({source: need}, out, emit, unused=_templates(node))
+def _of_other_parts(facts: Facts, node: fx.Node, source: fx.Node, layout: Layout) -> Sharding | None:
+    """Make parts of a dimension of the result of other parts of the view's input.
+
+    `(B, s, D) -> (B, chunks, length, D)` of whole chunks, `(B, s, D) -> (B, s, heads, width)` of a part of `D` of whole heads,
+    `(B * s * heads, D) -> (B, heads, s, D)`, which tears every position apart, of what comes to be a head.
+    """
+    shape_in, shape_out, sequences = facts.shape(source), facts.shape(node), facts.sequence_dims(node)
+    known = [Layout(dim, Span(size)) for dim, size in enumerate(shape_out) if size.is_Integer and size >= facts.mesh.size()]
+    if layout.merged:  # what stands before a sequence is computed apart, more often than not, heads rather than samples
+        candidates = [out for out in reversed(known) if out.dim < min(sequences, default=len(shape_out))]
+    elif layout.along_sequence:
+        spans = {dim: facts.span_of(shape_out[dim]) for dim in sequences if facts.chunks}
+        candidates = [Layout(dim, span) for dim, span in spans.items() if span is not None]
+    else:
+        candidates = known
+    for out in candidates:
+        need = through_view(shape_out, shape_in, out)
+        if need is not None and (layout.merged or (need.dim == layout.dim and need.outer == 1 and need.inner.is_Integer)):
+            return _viewed(node, source, need, out)
     return None
+
+
+def _viewed(node: fx.Node, source: fx.Node, layout: Layout, out: Layout) -> Sharding:
+    return Sharding({source: layout}, out, functools.partial(_reshape, layout=layout, out=out), unused=_templates(node))
 
 
 def through_view(shape_in: tuple[sympy.Expr, ...], shape_out: tuple[sympy.Expr, ...], layout: Layout) -> Layout | None:
