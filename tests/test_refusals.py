@@ -310,6 +310,17 @@ CASES: list[tuple[str, Any, tuple[Any, ...], list[str]]] = [
         ["checkpoint_policy='none', backward at ", "of 64 positions would fit: use a shorter sequence"],
     ),
     ("in full", fit_batches, (Unruled, LONG, None, {"strict": True}), ["aten.logcumsumexp.default", "test_refusals.py:"]),
+    (
+        "method of attention",
+        jobs.fit,
+        ("HFMistral", {"attention": "ring"}, 2),
+        [
+            "attention='ring' cannot compute the attention at ",
+            ".py:",
+            "is no flag of a kernel",
+            "Use 'auto', or one of 'ulysses', 'gather_kv'",
+        ],
+    ),
     ("in pieces", jobs.fit, ("Broken", {"strict": True}, 2), ["is not one graph. At ", "modules.py:"]),
 ]
 
