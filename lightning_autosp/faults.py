@@ -19,13 +19,18 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
 from lightning_autosp.lines import frames_in, is_users
 
-__all__ = ["ANSWER", "GRACE", "MEET", "POLL", "Watch", "waited_in_vain"]
+__all__ = ["ANSWER", "GRACE", "MEET", "POLL", "Watch", "not_finite", "waited_in_vain"]
 
 POLL = 0.5
 """Seconds between two looks at the store."""
@@ -195,6 +200,40 @@ class Watch:
     def _place(self) -> str:
         frame: FrameType | None = sys._current_frames().get(self._main)
         return _innermost(_frames(traceback.extract_stack(frame)))
+
+
+def not_finite(batch: Any, module: nn.Module, sequence_dim: int, num_ranks: int) -> str:
+    """Return where a batch or a module has values that are not finite, or has nothing to learn from; "" if nowhere.
+
+    Args:
+        batch: Of any form, tensors in it whole.
+        module: Of parameters the parts that this rank has are looked at.
+        sequence_dim: Of the batch's tensors.
+        num_ranks: That share each sequence.
+    """
+    found = []
+    for path, value in pytree.tree_flatten_with_path(batch)[0]:
+        if not isinstance(value, Tensor):
+            continue
+        name = f"the batch{pytree.keystr(path)}"
+        if value.is_floating_point() and not value.isfinite().all():
+            number = int((~value.isfinite()).sum())
+            place = (~value.isfinite()).nonzero()[0].tolist()
+            text = f"{name} has {number} value(s) that are not finite, the first at {place}"
+            if value.ndim > sequence_dim:
+                width = -(-value.shape[sequence_dim] // num_ranks)
+                text += (
+                    f", position {place[sequence_dim]} of the sequence, in the part of sequence rank {place[sequence_dim] // width}"
+                )
+            found.append(text)
+        elif value.dtype == torch.long and value.numel() and bool((value == -100).all()):
+            found.append(f"every element of {name} is -100, which losses ignore")
+    for name, parameter in module.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not local.isfinite().all():
+            found.append(f"parameter {name} has values that are not finite")
+            break
+    return "; ".join(found)
 
 
 def waited_in_vain(error: BaseException) -> bool:

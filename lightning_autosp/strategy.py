@@ -12,7 +12,9 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +42,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
@@ -64,7 +66,7 @@ from lightning_autosp.data.agreement import agree, batch_error, checksum, loader
 from lightning_autosp.data.position import Epoch, PositionedLoader, put_back, reordered, set_aside
 from lightning_autosp.data.sources import SOURCES, BatchSource, choose_source, number_of_batches, share
 from lightning_autosp.data.tokens import make_whole, sequence_shards, sharded_datasets
-from lightning_autosp.faults import Watch
+from lightning_autosp.faults import Watch, not_finite
 from lightning_autosp.memory.devices import device_kind, device_of, format_bytes, free_host_memory, limit_bytes
 from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
 from lightning_autosp.memory.host import require_pinning
@@ -73,6 +75,7 @@ from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh, resolve_sizes
 from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
 from lightning_autosp.plan import Plan, Planner
+from lightning_autosp.preemption import Preemption
 from lightning_autosp.recovery import FIRST_STEPS, Before, Gradients, Meeting
 from lightning_autosp.saved import SavedPlan
 from lightning_autosp.step import CompiledStep, batch_tensors
@@ -218,6 +221,7 @@ class AutoSPStrategy(ParallelStrategy):
         self._failed = False
         self._mesh: ParallelMesh | None = None
         self._watch: Watch | None = None
+        self._preemption = Preemption()
         self._parameters: ModuleParameters | None = None
         self._optimized_names: dict[int, str] = {}
         """Names of the parameters optimizers hold: still needed when a checkpoint is saved after the Trainer has finished."""
@@ -590,8 +594,7 @@ class AutoSPStrategy(ParallelStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
-        # These two reach all ranks: the first by a broadcast of Lightning's, the second by the terminal.
-        if self._watch is not None and not isinstance(exception, (SIGTERMException, KeyboardInterrupt)):
+        if self._watch is not None and not _reaches_all(exception):
             self._watch.fail(exception)
 
     @override
@@ -599,6 +602,7 @@ class AutoSPStrategy(ParallelStrategy):
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+        self._preemption.close()
         self._print_report()
         self._steps.clear()
         self._steps_of.clear()
@@ -698,6 +702,8 @@ class AutoSPStrategy(ParallelStrategy):
         module = self.lightning_module
         if module is None or self._parameters is None:
             return batch
+        if self.world_size > 1:
+            self._preemption.before_batch([self._meshes.host.sequence, self._meshes.host.data])
         stage = (module.trainer.state.stage, dataloader_idx)
         shards = sequence_shards(batch)
         if shards and stage not in self._checked_stages:  # what they are slices of, before they are put together
@@ -769,7 +775,23 @@ class AutoSPStrategy(ParallelStrategy):
         loss = _loss_of(result)
         if isinstance(loss, Tensor):
             _refuse_loss(loss, self._checkpoint_policy)
+            if self._before is not None and not loss.isfinite():
+                self._say_not_finite(loss.item(), (args, kwargs))
         return result
+
+    def _say_not_finite(self, loss: float, arguments: Any) -> None:
+        """Say of a loss in the first steps that is NaN or infinite where that may come from."""
+        module = self.lightning_module
+        assert module is not None
+        why = not_finite(arguments[0][0] if arguments[0] else arguments[1], module, self.sequence_dim, self.sequence_parallel_size)
+        note = (
+            f"the loss is {loss} in step {module.trainer.global_step} on rank {self.global_rank} (sequence group "
+            f"{self.data_parallel_rank}): {why or 'batch and parameters are finite, so it comes from within the step'}"
+        )
+        if note not in self.report.notes:
+            self.report.notes.append(note)
+            if self.sequence_parallel_rank == 0 or "parameter" in why:  # the others of a group have the same batch and loss
+                warnings.warn(f"lightning-autosp: {note}.", stacklevel=2)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -972,12 +994,21 @@ class AutoSPStrategy(ParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         module = self.lightning_module
         assert module is not None
+        self._refuse_saving_alone(module.trainer)
         if self._parameters is None or not self._parameters.sharded:
             return module.state_dict()
         if self._state_dict_type == "sharded":
             return {}
         state = gather_to_cpu(module.state_dict(), keep=self.is_global_zero)
         return state if self.is_global_zero else {}
+
+    def _refuse_saving_alone(self, trainer: Trainer) -> None:
+        """Raise where a callback saves because of an error that not all ranks have: saving takes all of them."""
+        error = sys.exc_info()[1]
+        if self._watch is None or error is None or trainer.state.status != TrainerStatus.INTERRUPTED or _reaches_all(error):
+            return
+        if not self._watch.fail(error):
+            raise RuntimeError(f"No checkpoint is saved, which takes all ranks. {self._watch.verdict}") from error
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -1092,6 +1123,11 @@ def _refuse_module(module: nn.Module) -> None:
             f"{len(placed)} parameter(s) ({placed[0]!r}, ...) are DTensors already{mixture}. Strategy 'autosp' needs plain "
             f"parameters: it shards them itself (parameter_sharding='full')."
         )
+
+
+def _reaches_all(error: BaseException) -> bool:
+    """Whether all ranks have it: by a broadcast of Lightning's, or by the terminal."""
+    return isinstance(error, (SIGTERMException, KeyboardInterrupt))
 
 
 def _loss_of(result: Any) -> Any:
