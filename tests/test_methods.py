@@ -19,7 +19,7 @@ from lightning_autosp.attention.gather_kv import gather_kv_attention
 from lightning_autosp.attention.hybrid import hybrid_attention
 from lightning_autosp.attention.ring import ring_attention
 from lightning_autosp.attention.select import AttentionMethod, AttentionMethodError, AttentionOptions, Offer, Work, choose
-from lightning_autosp.attention.ulysses import ulysses_attention
+from lightning_autosp.attention.ulysses import head_shares, ulysses_attention
 from lightning_autosp.attention.zigzag import chunk_lengths, from_zigzag, held_chunks, to_zigzag
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.layout import base_cuts
@@ -325,6 +325,24 @@ def test_methods_are_for_the_operator() -> None:
     net = Squashed()
     with pytest.raises(AttentionMethodError, match=r"'ring' cannot .*test_methods.py.*: it is written out, and computed on parts"):
         lower(net, (torch.randn(2, 13, 8).double(),), net, attention="ring")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks", "counts", "num_keys"),
+    [
+        (32, 8, 8, [4] * 8, [1] * 8),
+        (28, 4, 8, [4, 3] * 4, [1] * 8),
+        (6, 2, 4, [2, 1] * 2, [1] * 4),
+        (7, 1, 4, [2, 2, 2, 1], [1] * 4),
+        (8, 2, 3, [3, 3, 2], [1, 2, 1]),
+        (10, 5, 4, [3, 3, 2, 2], [2, 2, 1, 1]),
+        (2, 1, 4, [1] * 4, [1] * 4),
+    ],
+)
+def test_shares_of_heads(heads: int, kv_heads: int, ranks: int, counts: list[int], num_keys: list[int]) -> None:
+    shares = head_shares(heads, kv_heads, ranks)
+    assert [share.num_queries for share in shares] == counts
+    assert [share.num_keys for share in shares] == num_keys
 
 
 def work(heads: int, kv_heads: int, ranks: int, length: int, **others: Any) -> Work:

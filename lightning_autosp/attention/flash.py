@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_autosp.attention.ulysses import exchanged, own_heads
+from lightning_autosp.attention.ulysses import exchanged, head_shares, own_heads
 from lightning_autosp.collectives import Group
 
 __all__ = ["HEADS", "WHOLE", "arguments", "handle_of", "is_kept", "keep_whole", "ulysses_flash"]
@@ -100,10 +100,11 @@ def ulysses_flash(
             given["qkv"] = torch.stack((query, key, value), -3)
         own = {name: given[name] for name in parts} | others
         if isinstance(slopes := others.get("alibi_slopes"), Tensor):
-            own["alibi_slopes"] = own_heads(slopes, slopes.ndim - 1, group)
+            own["alibi_slopes"] = own_heads(slopes, slopes.ndim - 1, shares, group.rank)
         out: Tensor = _kept[handle](**own)
         return out.transpose(-3, -2)
 
     unpacked = [x.unbind(-3) if name in ("kv", "qkv") else (x,) for name, x in parts.items()]
     query, key, value = (x.transpose(-3, -2) for some in unpacked for x in some)
+    shares = head_shares(query.shape[-3], key.shape[-3], group.size)
     return exchanged(query, key, value, kernel, query_lengths, key_lengths, group).transpose(-3, -2)

@@ -49,7 +49,9 @@ class HeadShare(NamedTuple):
 
 
 def head_shares(heads: int, kv_heads: int, ranks: int) -> list[HeadShare]:
-    """Return every rank's heads; they differ by one query head at most, the ranks with more first.
+    """Return every rank's heads; they differ by one query head at most.
+
+    Ranks share the queries of one head of keys and values where that gives no rank more; else those with more come first.
 
     With fewer heads than ranks, the last ranks have one each that is not there (numbers from `heads` on): a rank without any would
     run other operators than the rest, and meet it in other collectives.
@@ -59,14 +61,23 @@ def head_shares(heads: int, kv_heads: int, ranks: int) -> list[HeadShare]:
     """
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads")
-    small, extra = divmod(max(heads, ranks), ranks)
-    cuts = list(itertools.accumulate((small + (rank < extra) for rank in range(ranks)), initial=0))
-    times = heads // kv_heads
+    times, most = heads // kv_heads, -(-heads // ranks)
+    together = ranks // kv_heads if ranks % kv_heads == 0 else 0
+    if heads >= ranks and together and -(-times // together) == most:
+        counts = _even(times, together) * kv_heads
+    else:
+        counts = _even(max(heads, ranks), ranks)
+    cuts = list(itertools.accumulate(counts, initial=0))
     shares = []
     for first, behind in itertools.pairwise(cuts):
         low = min(first // times, kv_heads - 1)
         shares.append(HeadShare((first, behind), (low, max(low + 1, min(-(-behind // times), kv_heads)))))
     return shares
+
+
+def _even(number: int, parts: int) -> list[int]:
+    small, extra = divmod(number, parts)
+    return [small + (part < extra) for part in range(parts)]
 
 
 def sequence_to_heads(
@@ -141,12 +152,13 @@ def ulysses_attention(
     Returns:
         Shape `(..., H, l, Dv)`. Sends `wire_elements` elements a rank.
     """
+    shares = head_shares(query.shape[-3], key.shape[-3], group.size)
     grouped = query.shape[-3] != key.shape[-3]  # on all ranks alike, whatever heads they have
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         own = mask
         if mask is not None and mask.ndim > 2 and mask.shape[-3] != 1:
-            own = own_heads(mask, mask.ndim - 3, group)
+            own = own_heads(mask, mask.ndim - 3, shares, group.rank)
         if grouped and query.is_cuda and query.dtype not in (torch.float16, torch.bfloat16):
             # The only kernel that takes grouped heads in other types holds all scores.
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
@@ -185,10 +197,11 @@ def ulysses_tiles(
     Returns:
         Shape `(..., H, l, Dv)`.
     """
+    shares = head_shares(query.shape[-3], key.shape[-3], group.size)
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         values = (query, key, value, *others)
-        own = [values[i] if dim is None or i < 3 else own_heads(values[i], dim, group) for i, dim in places]
+        own = [values[i] if dim is None or i < 3 else own_heads(values[i], dim, shares, group.rank) for i, dim in places]
         (out,) = run_tiles(handle, *seed, *own)
         return out
 
@@ -227,13 +240,12 @@ def exchanged(
     return out.reshape(*leading, *out.shape[1:])
 
 
-def own_heads(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Return this rank's query heads of a whole tensor, zeros where they are not there."""
-    shares = head_shares(x.shape[dim], x.shape[dim], group.size)
+def own_heads(x: Tensor, dim: int, shares: Sequence[HeadShare], rank: int) -> Tensor:
+    """Return a rank's query heads of a whole tensor, zeros where they are not there."""
     missing = shares[-1].queries[1] - x.shape[dim]
     if missing:
         x = torch.cat([x, x.new_zeros((*x.shape[:dim], missing, *x.shape[dim + 1 :]))], dim=dim)
-    return x.narrow(dim, shares[group.rank].queries[0], shares[group.rank].num_queries)
+    return x.narrow(dim, shares[rank].queries[0], shares[rank].num_queries)
 
 
 def wire_elements(batch: int, heads: int, kv_heads: int, lengths: Sequence[int], width: int, value_width: int, rank: int) -> int:

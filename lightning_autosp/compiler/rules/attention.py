@@ -82,7 +82,7 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
         if joined:
             if choice.chosen.method == "gather_kv":
                 return _emit_row_tiles(em, n, parts, halo(work), lengths)
-            return _emit_tiles(em, n, parts, lengths)
+            return _emit_tiles(em, n, parts, work.kv_heads, lengths)
         mask = None if given["attn_mask"] is None else em.get(given["attn_mask"], None)
         options = (given["dropout_p"], given["is_causal"], em.value(given["scale"]))
         return _emit_call(em, choice, parts, mask, options, lengths)
@@ -237,11 +237,11 @@ def _mask_reads(node: fx.Node, sources: set[fx.Node]) -> bool:
     return any(source in own for one in target.body.nodes if one is not target.exit for source in one.all_input_nodes)
 
 
-def _emit_tiles(em: Emitter, node: fx.Node, parts: tuple[Any, ...], lengths: tuple[Any, ...]) -> fx.Node:
+def _emit_tiles(em: Emitter, node: fx.Node, parts: tuple[Any, ...], kv_heads: int, lengths: tuple[Any, ...]) -> fx.Node:
     target, facts = node.target, em.facts
     assert isinstance(target, Region)
     shape = [em.integer(size) for size in facts.shape(node)]
-    shares = head_shares(shape[-3], shape[-3], em.group.size)
+    shares = head_shares(shape[-3], kv_heads, em.group.size)
     own, most = shares[em.group.rank].num_queries, shares[0].num_queries
     shape[-3] = own
     program, inputs = write_tile(em, target, [attention_rows(facts, target)], [shape], shape[-2], own, most)
