@@ -37,7 +37,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -139,7 +139,8 @@ class AutoSPStrategy(ParallelStrategy):
             sequence_parallel_size: Ranks that share one sequence. "auto": all that data parallelism leaves.
             data_parallel_size: Groups of ranks that see different samples. "auto": 1, or what `sequence_parallel_size` leaves.
             parameter_sharding: "replicate": every rank holds all parameters. "full": parameters, gradients and optimizer state are
-                sharded over all ranks; parameters are gathered on use, inside the graph. "auto": "full" with more than one rank.
+                sharded over all ranks; parameters are gathered on use, inside the graph. "auto": "full" with more than one
+                rank, but for a callback that averages weights, which needs whole ones.
             attention: How attention sees the whole sequence. "ulysses": ranks exchange their part of the sequence for a part of
                 the heads and back. "gather_kv": queries stay, keys and values are gathered, a few heads at a time; of a window only
                 the neighbours'. "ring": queries stay, keys and values go around. "hybrid": heads are exchanged within parts of
@@ -458,8 +459,7 @@ class AutoSPStrategy(ParallelStrategy):
         count_sequences_once(trainer, meshes.sequence_size, self.data_parallel_size)
         _sync_module_states(module)
         self._share_random_state()
-        sharding = self._parameter_sharding
-        sharded = sharding == "full" or (sharding == "auto" and self.world_size > 1)
+        sharded = self._shards_parameters(trainer)
         if self._saved is not None and trainer.state.fn == TrainerFn.FITTING:
             self._saved.refuse_run(type(module).__name__, meshes.sequence_size, self.world_size, sharded=sharded)
         self._parameters = ModuleParameters(module, meshes.flat, meshes.all_ranks(), sharded=sharded and self.world_size > 1)
@@ -494,6 +494,28 @@ class AutoSPStrategy(ParallelStrategy):
             dist.all_reduce(speeds, dist.ReduceOp.MIN)
         flops, link = speeds.tolist()
         return AttentionOptions(self._attention, flops, link, self.num_processes)
+
+    def _shards_parameters(self, trainer: Trainer) -> bool:
+        """Whether parameters are sharded over all ranks.
+
+        Raises:
+            MisconfigurationException: If they are to be, and a callback averages them with whole copies of its own.
+        """
+        averaging = [
+            one for one in getattr(trainer, "callbacks", ()) if isinstance(one, (StochasticWeightAveraging, WeightAveraging))
+        ]
+        if self.world_size == 1 or self._parameter_sharding == "replicate":
+            return False
+        if averaging and trainer.state.fn == TrainerFn.FITTING:
+            name = type(averaging[0]).__name__
+            if self._parameter_sharding == "full":
+                raise MisconfigurationException(
+                    f"{name} keeps whole copies of parameters, which it cannot average with parts of them "
+                    "(parameter_sharding='full'). Use parameter_sharding='replicate' or 'auto'."
+                )
+            self._say(f"parameters are replicated: {name} averages whole ones")
+            return False
+        return True
 
     def _memory_options(self) -> MemoryOptions:
         device = device_of(self.root_device)
