@@ -23,6 +23,7 @@ __all__ = [
     "load_optimizer",
     "optimizer_state",
     "save_distributed",
+    "whole_checkpoint",
 ]
 
 _META = "lightning.pt"
@@ -94,12 +95,30 @@ def save_distributed(
     save(states, checkpoint_id=str(unfinished))
     if is_first:
         torch.save(rest, unfinished / _META)
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.exists():
-            path.unlink()
+        previous = _previous(path)
+        if path.exists():
+            _remove(previous)
+            path.rename(previous)
         unfinished.rename(path)
+        _remove(previous)
     torch.distributed.barrier()
+
+
+def _previous(path: Path) -> Path:
+    """Return where a checkpoint is while the one that replaces it takes its place."""
+    return path.with_name(path.name + ".previous")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def whole_checkpoint(path: Path) -> Path:
+    """Return the checkpoint to read for a path: the previous one, where saving was killed as one was about to replace the other."""
+    return _previous(path) if not path.exists() and _previous(path).exists() else path
 
 
 def load_distributed_module(path: Path, module: nn.Module, *, weights_only: bool | None) -> dict[str, Any]:

@@ -1060,7 +1060,7 @@ class AutoSPStrategy(ParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(checkpoint_path))
+        path = checkpoints.whole_checkpoint(Path(self.broadcast(checkpoint_path)))
         if checkpoints.is_distributed_checkpoint(path):
             assert self.lightning_module is not None
             checkpoint = checkpoints.load_distributed_module(path, self.lightning_module, weights_only=weights_only)

@@ -119,3 +119,55 @@ def test_trainer_leaves_the_module_as_it_was(pool: Pool) -> None:
     copied = copy.deepcopy(module)
     assert torch.equal(copied.tokens.weight, module.tokens.weight)
     assert copied.head.weight is copied.tokens.weight
+
+
+def save_and_be_killed(directory: str, at: str) -> None:
+    """Save twice to one path; be killed by the second at one of the moments that files take their places."""
+    import os
+    import signal
+
+    trainer = Trainer(**jobs.QUIET, devices=1, strategy=jobs.strategy_of({"state_dict_type": "sharded"}), max_steps=1)
+    trainer.fit(modules.Shallow(), modules.loader(2, 16))
+    trainer.save_checkpoint(f"{directory}/model.ckpt")
+    rename = Path.rename
+
+    def killing(self: Path, target: Any) -> Any:
+        if self.name.endswith(at):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, target)
+
+    Path.rename = killing  # type: ignore[method-assign]
+    trainer.save_checkpoint(f"{directory}/model.ckpt")
+
+
+@pytest.mark.parametrize("at", [".ckpt", ".incomplete"])
+def test_killed_while_saving(pool: Pool, tmp_path: Path, at: str) -> None:
+    """The previous checkpoint can be read, and the next one be saved."""
+    with pytest.raises(RuntimeError, match="died with exit code -9"):
+        pool.run(save_and_be_killed, 1, str(tmp_path), at)
+    path = str(tmp_path / "model.ckpt")
+    options = {"num_samples": 2, "length": 16, "max_steps": 2, "max_epochs": 2, "resume": path, "checkpoint": path}
+    for run in pool.run(jobs.fit, 2, "Shallow", {"state_dict_type": "sharded"}, 2, **options):
+        assert len(run["curve"]) == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["model.ckpt"]
+
+
+def fit_and_save_asynchronously(directory: str) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+    saver = ModelCheckpoint(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {**jobs.QUIET, "enable_checkpointing": True, "max_steps": 3}
+    trainer = Trainer(**options, devices=2, strategy=jobs.strategy_of({}), callbacks=[saver], plugins=[AsyncCheckpointIO()])
+    trainer.fit(modules.Shallow(), modules.loader(8, 32))
+
+
+def test_saves_asynchronously(pool: Pool, tmp_path: Path) -> None:
+    """What is written beside training is what was there when it was saved, however far training has come."""
+    pool.run(fit_and_save_asynchronously, 2, str(tmp_path))
+    saved = [torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"] for step in (1, 2, 3)]
+    for steps, state in enumerate(saved, 1):
+        weights = reference(pool, "Shallow", num_samples=8, length=32, max_steps=steps)["weights"]
+        for name, weight in weights.items():
+            if "qkv.bias" not in name:  # whose gradient is zero but for rounding, for keys
+                assert torch.allclose(state[name], torch.from_numpy(weight), rtol=1e-4, atol=1e-6), (steps, name)
