@@ -41,6 +41,7 @@ _COPIES = {aten._to_copy.default, aten.clone.default, aten.detach.default, aten.
 _PIECES = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.unbind.int}
 _JOINED = {aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default}
 _ORDER_FREE = {
+    aten.einsum.default,
     aten.sum.default,
     aten.sum.dim_IntList,
     aten.mean.default,
