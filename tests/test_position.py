@@ -147,17 +147,18 @@ def test_every_sample_once(pool: Pool, trial: Any, tmp_path: Path) -> None:
     assert rest[0]["global_step"] == stop + (SAMPLES - stop * data * batch) // (data2 * batch2)
 
 
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"shuffle": False, "total_steps": True},
-    {"workers": 1},
-    {"source": "exchange", "epochs": 1},
-    {"source": "broadcast"},
+INTERRUPTED: list[tuple[int, int, dict[str, Any]]] = [
+    (1, 7, {}),
+    (1, 7, {"shuffle": False, "total_steps": True}),
+    (1, 7, {"source": "exchange", "epochs": 1}),
+    (1, 7, {"source": "broadcast"}),
+    (2, 5, {}),
+    (2, 5, {"workers": 1}),
 ]
+"""Sequence groups, the step at which it stops, options."""
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("data", "stop"), [(1, 7), (2, 5)])
+@pytest.mark.parametrize(("data", "stop", "options"), INTERRUPTED, ids=str)
 def test_goes_on_as_if_nothing_had_been(pool: Pool, data: int, stop: int, options: dict[str, Any], tmp_path: Path) -> None:
     """The same samples and losses to six decimals, dropout and random augmentation included, in this epoch and the next."""
     whole = pool.run(train, 2, data, 2 // data, str(tmp_path), **options)
