@@ -381,25 +381,8 @@ def _needs_value(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 # Looked up on the class, where Python does not ask `__getattr__`.
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "pow",
-    "radd",
-    "rsub",
-    "rmul",
-    "rtruediv",
-    "rpow",
-    "neg",
-    "abs",
-    "float",
-    "int",
-    "bool",
-):
-    setattr(_Later, f"__{_name}__", _needs_value)
-for _name in ("lt", "le", "eq", "ne", "gt", "ge", "len", "iter", "getitem", "contains", "format", "str"):
+_ARITHMETIC = "add sub mul truediv pow radd rsub rmul rtruediv rpow neg abs"
+for _name in f"{_ARITHMETIC} float int bool lt le eq ne gt ge len iter getitem contains format str".split():
     setattr(_Later, f"__{_name}__", _needs_value)
 
 

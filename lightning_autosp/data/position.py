@@ -26,6 +26,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_autosp.data.loaders import StandIn, with_sampler
+
 __all__ = ["DRAWS", "Epoch", "PositionedLoader", "put_back", "reordered", "set_aside"]
 
 _KEY = "autosp"
@@ -167,17 +169,11 @@ def reordered(loader: Any, groups: int) -> tuple[Any, _Order | None]:
         return loader, None
     if type(loader.sampler) is DistributedSampler and loader.sampler.num_replicas != groups:
         return loader, None  # dealt to ranks that share sequences, which take them in turn
-    order, own = _Order(loader.sampler), copy.copy(loader)
-    # A DataLoader does not let itself be given another sampler; a copy that no iteration has begun of can have one.
-    own.__dict__["_iterator"] = None
-    if batches is None:
-        own.__dict__["sampler"] = order
-    else:
-        own.__dict__["batch_sampler"] = BatchSampler(order, batches.batch_size, batches.drop_last)
-    return own, order
+    order = _Order(loader.sampler)
+    return with_sampler(loader, order if batches is None else BatchSampler(order, batches.batch_size, batches.drop_last)), order
 
 
-class PositionedLoader:
+class PositionedLoader(StandIn):
     """A training loader that knows how many samples it has given, and can go on behind them."""
 
     def __init__(self, given: Any, loader: Any, order: _Order, epoch: Epoch) -> None:
@@ -189,24 +185,10 @@ class PositionedLoader:
             order: Of its samples.
             epoch: What is known of it.
         """
-        self._given, self._loader, self._order, self._epoch = given, loader, order, epoch
+        super().__init__(given, loader)
+        self._order, self._epoch = order, epoch
         self._pass: _Pass | None = None
         self._begin = _START
-
-    def __getattr__(self, name: str) -> Any:
-        # Lightning and users look for what a DataLoader has: `dataset`, `sampler`, `batch_size`, ...
-        if name.startswith("__") or "_given" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self._given, name)
-
-    @property
-    def _iterator(self) -> Any:
-        # Lightning shuts workers down through it, and clears it.
-        return self._loader._iterator
-
-    @_iterator.setter
-    def _iterator(self, value: Any) -> None:
-        self._loader._iterator = value
 
     def __len__(self) -> int:
         return len(self._loader)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import itertools
 import pickle
@@ -31,6 +30,7 @@ from torch.utils.data import (
     IterableDataset,
 )
 
+from lightning_autosp.data.loaders import StandIn, with_sampler
 from lightning_autosp.data.position import DRAWS
 from lightning_autosp.data.tokens import sharded_datasets
 
@@ -134,7 +134,7 @@ def share(loader: Any, source: BatchSource, groups: Groups, say: Callable[[str],
     return kind(loader, source, groups, say)
 
 
-class SharedLoader:
+class SharedLoader(StandIn):
     """Gives every rank of a sequence group the same batches, each of which one rank has loaded.
 
     Batches may be anything that can be pickled; tensors in them, on whatever device, arrive in host memory. An epoch ends on all
@@ -152,7 +152,8 @@ class SharedLoader:
             groups: The rank's.
             say: Called with what a user should know.
         """
-        self._loader, self._groups, self._say = loader, groups, say
+        super().__init__(loader, loader)
+        self._groups, self._say = groups, say
         self._turns: _Turns | None = None
         self._sources = [0] if source == "broadcast" else list(range(groups.size))
         length = number_of_batches(loader)
@@ -167,23 +168,6 @@ class SharedLoader:
         lengths = _everyone(length, groups.data)
         self._length = None if None in lengths else min(lengths)
         self._may_differ = len(set(lengths)) > 1 or self._length is None
-        self._given = loader
-
-    def __getattr__(self, name: str) -> Any:
-        # Lightning and users look for what a DataLoader has: `dataset`, `sampler`, `batch_size`, ...
-        # Not its position, which is not that of the group (`_StatefulSharedLoader` is for where it is).
-        if name.startswith("__") or name in ("state_dict", "load_state_dict") or "_given" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self._given, name)
-
-    @property
-    def _iterator(self) -> Any:
-        # Lightning shuts workers down through it, and clears it.
-        return self._loader._iterator
-
-    @_iterator.setter
-    def _iterator(self, value: Any) -> None:
-        self._loader._iterator = value
 
     def __len__(self) -> int:
         if self._length is None:
@@ -415,11 +399,7 @@ def _can_be_dealt(loader: Any, groups: Groups) -> bool:
 def _dealt(loader: DataLoader[Any], groups: Groups) -> tuple[DataLoader[Any], _Turns]:
     """Return a copy of a loader that takes this rank's turns."""
     turns = _Turns(loader.batch_sampler if loader.batch_sampler is not None else loader.sampler, groups.rank, groups.size)
-    dealt = copy.copy(loader)
-    # A DataLoader does not let itself be given another sampler; a copy that no iteration has begun of can have one.
-    dealt.__dict__["_iterator"] = None
-    dealt.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = turns
-    return dealt, turns
+    return with_sampler(loader, turns), turns
 
 
 def number_of_batches(loader: Any) -> int | None:
