@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from machine import machine  # noqa: E402
 
+from lightning_autosp.batches import call_tensors  # noqa: E402
 from lightning_autosp.check import Simulation  # noqa: E402
 from lightning_autosp.compiler.capture import capture  # noqa: E402
 from lightning_autosp.compiler.report import Report  # noqa: E402
@@ -103,7 +104,7 @@ def measure(name: str, num_layers: int, num_ranks: int, length: int) -> Row:
     torch.set_num_threads(1)
     model = MODELS[name](num_layers)
     ids = torch.randint(VOCABULARY, (2, length))
-    mark_sequence((ids,), 1)
+    mark_sequence(call_tensors((ids,), {}), 1)
     simulation = Simulation(model, num_ranks, sharded=False)
     (cold, _), (warm, counts) = (compile_once(model, ids, simulation) for _ in range(2))
     return {

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
+from lightning_autosp.batches import batch_tensors
 from lightning_autosp.compiler.backend import CompileBackend
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
@@ -28,7 +29,7 @@ from lightning_autosp.memory.meter import LiveBytes
 from lightning_autosp.memory.partition import MemoryOptions
 from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh
 from lightning_autosp.parameters import ModuleParameters
-from lightning_autosp.step import CompiledStep, batch_tensors
+from lightning_autosp.step import CompiledStep
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.throughput import Throughput
 from lightning.pytorch.callbacks import ThroughputMonitor as LightningThroughputMonitor
 
-from lightning_autosp.step import batch_tensors
+from lightning_autosp.batches import SequenceDim, found_tensors, sequences
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ class ThroughputMonitor(LightningThroughputMonitor):
             length_fn: Tokens of a batch of a sequence group. Default: samples times positions of that tensor, padding included.
             kwargs: Of `lightning.fabric.utilities.throughput.Throughput`.
         """
-        self._sequence_dim = 1
+        self._sequence_dim: SequenceDim = 1
         super().__init__(batch_size_fn or self._samples_of, length_fn or self._tokens_of, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -66,13 +66,12 @@ class ThroughputMonitor(LightningThroughputMonitor):
 
     def _shape(self, batch: Any) -> tuple[int, int]:
         """Return samples and positions of a batch."""
-        sequence = self._sequence_dim
-        sample = 1 if sequence == 0 else 0
-        tensors = [tensor for tensor in batch_tensors(batch) if tensor.ndim > max(sequence, sample)]
-        if not tensors:
+        found = [(one.tensor, dim) for one, dim in sequences(found_tensors(batch), self._sequence_dim)]
+        found = [(tensor, dim) for tensor, dim in found if tensor.ndim > max(dim, dim == 0)]
+        if not found:
             raise ValueError("ThroughputMonitor: no tensor of the batch has a sequence; pass batch_size_fn and length_fn.")
-        longest = max(tensors, key=lambda tensor: tensor.shape[sequence])
-        return longest.shape[sample], longest.shape[sequence]
+        longest, dim = max(found, key=lambda pair: pair[0].shape[pair[1]])
+        return longest.shape[1 if dim == 0 else 0], longest.shape[dim]
 
     def _samples_of(self, batch: Any) -> int:
         return self._shape(batch)[0]

@@ -27,6 +27,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_autosp import _compat
 from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
+from lightning_autosp.batches import SequenceDim, call_tensors, sequences
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.emit import Program
 from lightning_autosp.compiler.report import Report, StepReport, StrictModeError
@@ -36,7 +37,7 @@ from lightning_autosp.compiler.specialise import Compiler, LoweredStep
 from lightning_autosp.data.agreement import batch_error
 from lightning_autosp.lines import user_line
 from lightning_autosp.parameters import Entry, enter_parameter, own_rows
-from lightning_autosp.step import CompiledStep, batch_tensors
+from lightning_autosp.step import CompiledStep
 from lightning_autosp.targets import STEP_LOADERS, TargetError, headline, load_target, step_arguments
 
 __all__ = ["CheckError", "CheckResult", "Comparison", "Probe", "RankParameters", "Run", "Simulation", "check", "check_target"]
@@ -471,7 +472,9 @@ class _OneDevice:
 class _Lowered(_OneDevice):
     """Another copy, its step lowered on simulated ranks."""
 
-    def __init__(self, module: nn.Module, method: str, num_ranks: int, sequence_dim: int, attention: AttentionMethod) -> None:
+    def __init__(
+        self, module: nn.Module, method: str, num_ranks: int, sequence_dim: SequenceDim, attention: AttentionMethod
+    ) -> None:
         super().__init__(module, method)
         self.report = Report()
         # Sharded, as the strategy shards by default: the parameters' own collectives are checked too.
@@ -641,7 +644,7 @@ class _Check:
     """A check in progress: fills a `CheckResult`."""
 
     def __init__(
-        self, result: CheckResult, one: _OneDevice, lowered: _Lowered, inputs: Any, sequence_dim: int, rtol: float | None
+        self, result: CheckResult, one: _OneDevice, lowered: _Lowered, inputs: Any, sequence_dim: SequenceDim, rtol: float | None
     ) -> None:
         self.result, self.one, self.lowered, self.inputs = result, one, lowered, inputs
         self.sequence_dim, self.rtol = sequence_dim, rtol
@@ -744,20 +747,22 @@ class _Check:
         return probe
 
 
-def _with_token_changed(inputs: Any, position: int, sequence_dim: int, length: int) -> Any:
+def _with_token_changed(inputs: Any, position: int, sequence_dim: SequenceDim, length: int) -> Any:
     """Return the inputs with one position changed in every sequence; `None` if that changes nothing.
 
     Floats grow by one, integers become the next larger one that occurs in the same tensor (the largest becomes the smallest), so
     they stay valid ids. Booleans are masks and stay.
     """
     differs = False
+    dims = {id(one.tensor): dim for one, dim in sequences(call_tensors(*inputs), sequence_dim)}
 
     def one(tensor: Tensor) -> Tensor:
         nonlocal differs
-        if tensor.ndim <= sequence_dim or tensor.shape[sequence_dim] != length or tensor.dtype == torch.bool:
+        dim = dims.get(id(tensor))
+        if dim is None or tensor.shape[dim] != length or tensor.dtype == torch.bool:
             return tensor
         new = tensor.clone()
-        token = new.select(sequence_dim, position)
+        token = new.select(dim, position)
         if tensor.is_floating_point() or tensor.is_complex():
             token += 1
         else:
@@ -783,7 +788,7 @@ def check(
     *,
     num_ranks: int = 2,
     step: str = "training_step",
-    sequence_dim: int = 1,
+    sequence_dim: SequenceDim = 1,
     rtol: float | None = None,
     strict: bool = False,
     attention: AttentionMethod = "auto",
@@ -825,7 +830,7 @@ def _check(
     method: str,
     batch: Any,
     num_ranks: int,
-    sequence_dim: int,
+    sequence_dim: SequenceDim,
     rtol: float | None,
     strict: bool,
     attention: AttentionMethod,
@@ -837,7 +842,7 @@ def _check(
         lowered_module = _copy(module, dtype, [])
         try:
             inputs = step_arguments(one.module, method, batch, dtype)
-            tensors = batch_tensors(inputs)
+            tensors = call_tensors(*inputs)
             unfit = batch_error(tensors, sequence_dim, num_ranks)
             if unfit is not None:
                 raise CheckError(unfit)
@@ -857,7 +862,7 @@ def _check(
     lowered = _Lowered(lowered_module, method, num_ranks, sequence_dim, attention)
     result = CheckResult(
         name=_name(module, method),
-        length=max(tensor.shape[sequence_dim] for tensor in tensors if tensor.ndim > sequence_dim),
+        length=max(one.tensor.shape[dim] for one, dim in sequences(tensors, sequence_dim)),
         num_ranks=num_ranks,
         precision=str(dtype).removeprefix("torch."),
         notes=list(dict.fromkeys(notes)),
@@ -941,7 +946,7 @@ def check_target(
     length: int | None = None,
     num_ranks: int | None = None,
     step: str | None = None,
-    sequence_dim: int | None = None,
+    sequence_dim: SequenceDim | None = None,
     rtol: float | None = None,
     strict: bool = False,
 ) -> CheckResult:

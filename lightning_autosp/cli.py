@@ -82,6 +82,12 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
+def _sequence_dim(text: str) -> int | dict[str, int]:
+    if "=" not in text:
+        return int(text)
+    return {name.strip(): int(dim) for name, dim in (one.split("=") for one in text.split(","))}
+
+
 def _target_arguments() -> argparse.ArgumentParser:
     """Return what every command says of the module and the batch it is about."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -97,7 +103,10 @@ def _target_arguments() -> argparse.ArgumentParser:
         "--batch", metavar="NAME", help="where the batch is from: a function or LightningDataModule, named like TARGET"
     )
     parser.add_argument(
-        "--sequence-dim", type=int, metavar="D", help="the dimension of batch tensors that is the sequence (default: 1)"
+        "--sequence-dim",
+        type=_sequence_dim,
+        metavar="D",
+        help="the dimension of batch tensors that is the sequence, or of each by its key, as ids=1,frames=2 (default: 1)",
     )
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the (last) result as JSON")
     return parser

@@ -9,6 +9,7 @@ some time after the question is ended by its thread.
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import sys
@@ -23,11 +24,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
+from lightning_autosp.batches import SequenceDim, found_tensors, named_dim
+from lightning_autosp.compiler.layout import base_cuts
 from lightning_autosp.lines import frames_in, is_users
 
 __all__ = ["ANSWER", "GRACE", "MEET", "POLL", "Watch", "not_finite", "waited_in_vain"]
@@ -202,7 +204,7 @@ class Watch:
         return _innermost(_frames(traceback.extract_stack(frame)))
 
 
-def not_finite(batch: Any, module: nn.Module, sequence_dim: int, num_ranks: int) -> str:
+def not_finite(batch: Any, module: nn.Module, sequence_dim: SequenceDim, num_ranks: int) -> str:
     """Return where a batch or a module has values that are not finite, or has nothing to learn from; "" if nowhere.
 
     Args:
@@ -212,19 +214,17 @@ def not_finite(batch: Any, module: nn.Module, sequence_dim: int, num_ranks: int)
         num_ranks: That share each sequence.
     """
     found = []
-    for path, value in pytree.tree_flatten_with_path(batch)[0]:
-        if not isinstance(value, Tensor):
-            continue
-        name = f"the batch{pytree.keystr(path)}"
+    for one in found_tensors(batch):
+        name, value = f"the batch{one.place}", one.tensor
         if value.is_floating_point() and not value.isfinite().all():
             number = int((~value.isfinite()).sum())
             place = (~value.isfinite()).nonzero()[0].tolist()
             text = f"{name} has {number} value(s) that are not finite, the first at {place}"
-            if value.ndim > sequence_dim:
-                width = -(-value.shape[sequence_dim] // num_ranks)
-                text += (
-                    f", position {place[sequence_dim]} of the sequence, in the part of sequence rank {place[sequence_dim] // width}"
-                )
+            dim = named_dim(one.names, sequence_dim)
+            if dim is not None and value.ndim > dim:
+                cuts = base_cuts(value.shape[dim], num_ranks)
+                owner = bisect.bisect_right(cuts, place[dim]) - 1
+                text += f", position {place[dim]} of the sequence, in the part of sequence rank {owner}"
             found.append(text)
         elif value.dtype == torch.long and value.numel() and bool((value == -100).all()):
             found.append(f"every element of {name} is -100, which losses ignore")

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
 from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
+from lightning_autosp.batches import SequenceDim
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.backend import CompileBackend, compile_module
 from lightning_autosp.compiler.report import Report
@@ -212,7 +213,7 @@ class Planner:
         limit: int | None = None,
         host_limit: int = 0,
         step: str = "training_step",
-        sequence_dim: int = 1,
+        sequence_dim: SequenceDim = 1,
         precision: str | None = None,
         sharded: bool = True,
         attention: AttentionMethod = "auto",
@@ -492,7 +493,7 @@ def plan_target(
     batch: str | None = None,
     config: str | None = None,
     step: str | None = None,
-    sequence_dim: int | None = None,
+    sequence_dim: SequenceDim | None = None,
     precision: str | None = None,
     state_bytes: int | None = None,
     backend: CompileBackend = "inductor",

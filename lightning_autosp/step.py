@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 from lightning_autosp import _compat
+from lightning_autosp.batches import Found, SequenceDim, call_tensors, sequences
 from lightning_autosp.compiler.capture import Captured
 from lightning_autosp.compiler.crossing import EagerMarks, PartTensor
 from lightning_autosp.compiler.report import GraphBreak, StrictModeError
@@ -27,7 +28,7 @@ from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.lines import frames_in
 from lightning_autosp.parameters import ModuleParameters
 
-__all__ = ["CANNOT_TRACE", "CompiledStep", "batch_tensors", "compile_step", "mark_sequence", "symbolic_block_masks"]
+__all__ = ["CANNOT_TRACE", "CompiledStep", "compile_step", "mark_sequence", "symbolic_block_masks"]
 
 CANNOT_TRACE = (TorchDynamoException, _compat.GuardOnDataDependentSymNode)
 """What Dynamo raises; the second for `x.split(sizes.tolist())` of as many sizes as data say."""
@@ -42,32 +43,20 @@ _FEW = 15
 """Positions, which other dimensions have as often (the three numbers of an image's grid)."""
 
 
-def batch_tensors(batch: Any) -> list[Tensor]:
-    """Return the tensors of a batch, in order: nested lists, tuples, dicts, dataclasses."""
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    apply_to_collection(batch, Tensor, keep, allow_frozen=True)
-    return found
-
-
-def mark_sequence(batch: Any, sequence_dim: int) -> list[int]:
+def mark_sequence(tensors: Sequence[Found], sequence_dim: SequenceDim) -> list[int]:
     """Give the sequence dimension of every tensor a symbol, and other dimensions of that length (an attention mask's) one each.
 
     Returns:
         The lengths that tell a sequence from other dimensions: the longest, and others of more than a few positions.
     """
-    tensors = [tensor for tensor in batch_tensors(batch) if tensor.ndim > sequence_dim]
-    length = max((tensor.shape[sequence_dim] for tensor in tensors), default=0)
-    batch_dim = 1 if sequence_dim == 0 else 0
-    for tensor in tensors:
-        for dim, size in enumerate(tensor.shape):
-            if dim == sequence_dim or (dim != batch_dim and size == length):
-                _compat.mark_dynamic(tensor, dim)
-    return [length, *(size for tensor in tensors if _FEW < (size := tensor.shape[sequence_dim]) < length)]
+    found = [(one.tensor, dim) for one, dim in sequences(tensors, sequence_dim)]
+    length = max((tensor.shape[dim] for tensor, dim in found), default=0)
+    for tensor, dim in found:
+        batch_dim = 1 if dim == 0 else 0
+        for other, size in enumerate(tensor.shape):
+            if other == dim or (other != batch_dim and size == length):
+                _compat.mark_dynamic(tensor, other)
+    return [length, *(size for tensor, dim in found if _FEW < (size := tensor.shape[dim]) < length)]
 
 
 @contextlib.contextmanager
@@ -182,7 +171,7 @@ class CompiledStep:
         kind: str,
         compiler: Compiler,
         parameters: ModuleParameters,
-        sequence_dim: int,
+        sequence_dim: SequenceDim,
         all_come: Callable[[], bool] = lambda: True,
     ) -> None:
         """Compile nothing yet.
@@ -207,7 +196,7 @@ class CompiledStep:
         self._run = compile_step(self._user_step(), self.compiler)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        lengths = mark_sequence((args, kwargs), self.sequence_dim)
+        lengths = mark_sequence(call_tensors(args, kwargs), self.sequence_dim)
         while True:
             self.compiler.report.last[self.kind] = []
             values = self.parameters.standing_in() if self._mode == "whole" else self.parameters.whole()

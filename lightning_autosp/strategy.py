@@ -57,6 +57,7 @@ from typing_extensions import override
 
 from lightning_autosp import checkpoint as checkpoints
 from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
+from lightning_autosp.batches import SequenceDim, batch_tensors, found_tensors
 from lightning_autosp.callbacks import count_sequences_once
 from lightning_autosp.check import CheckResult, check
 from lightning_autosp.compiler.backend import resolve_backend
@@ -78,7 +79,7 @@ from lightning_autosp.plan import Plan, Planner
 from lightning_autosp.preemption import Preemption
 from lightning_autosp.recovery import FIRST_STEPS, Before, Gradients, Meeting
 from lightning_autosp.saved import SavedPlan
-from lightning_autosp.step import CompiledStep, batch_tensors
+from lightning_autosp.step import CompiledStep
 
 __all__ = ["AutoSPStrategy", "refuse_pytorch_lightning"]
 
@@ -119,7 +120,7 @@ class AutoSPStrategy(ParallelStrategy):
         data_parallel_size: int | Literal["auto"] = "auto",
         parameter_sharding: ParameterSharding = "auto",
         attention: AttentionMethod = "auto",
-        sequence_dim: int = 1,
+        sequence_dim: int | dict[str, int] = 1,
         batch_source: BatchSource = "auto",
         compile_backend: Backend = "auto",
         checkpoint_policy: CheckpointPolicy = "auto",
@@ -147,7 +148,9 @@ class AutoSPStrategy(ParallelStrategy):
                 the ranks (of a node, where there are several), across them keys and values are gathered or go around. "auto":
                 for each call what is estimated to take the least time (`attention.select`). A method that cannot compute a
                 call raises, with the line and the reason, when the step is compiled.
-            sequence_dim: The dimension of batch tensors that holds the sequence.
+            sequence_dim: The dimension of batch tensors that holds the sequence; or of each by the name that it has in the batch:
+                a key, a field, or its place in a tuple, as in `{"ids": 1, "frames": 2}`. Of names within each other the innermost
+                counts, and tensors that are not named have no sequence. A training batch has to have all of them.
             batch_source: Who loads in a group of ranks that share sequences. "replicated": every rank loads the same batch; the
                 first one of each stage is compared. "broadcast": the first rank loads, and sends. "exchange": every rank loads
                 batches of its own, which the group works through in turn. "sharded": every rank loads its slice of the same batch.
@@ -196,13 +199,12 @@ class AutoSPStrategy(ParallelStrategy):
             )
         _require_choice("state_dict_type", state_dict_type, StateDictType)
         _require_choice("start_method", start_method, StartMethod)
-        if not isinstance(sequence_dim, int) or isinstance(sequence_dim, bool) or sequence_dim < 0:
-            raise ValueError(f"sequence_dim={sequence_dim!r} is not known. Use a dimension number, 0 or larger.")
+        _require_dim(sequence_dim)
         self._asked_sizes = (data_parallel_size, sequence_parallel_size)
         self._parameter_sharding = parameter_sharding
         self._attention = attention
-        self.sequence_dim = sequence_dim
-        """The dimension of batch tensors that holds the sequence."""
+        self.sequence_dim: SequenceDim = sequence_dim
+        """The dimension of batch tensors that holds the sequence, or of each by its name in the batch."""
         self._batch_source: BatchSource = batch_source
         self._compile_backend = compile_backend
         self._checkpoint_policy = checkpoint_policy
@@ -733,11 +735,10 @@ class AutoSPStrategy(ParallelStrategy):
             if error := agree(None, checksum(known), self.data_parallel_rank):
                 raise MisconfigurationException(f"{module.trainer.state.stage.value}: {error}")  # type: ignore[union-attr]
         batch = make_whole(batch, self._meshes.sequence_group)
-        tensors = batch_tensors(batch)
-        error = batch_error(tensors, self.sequence_dim, self.sequence_parallel_size)
+        error, total = self._look_at(batch, all_named=module.trainer.training)
         if stage not in self._checked_stages and self.world_size > 1:
             self._checked_stages.add(stage)
-            error = agree(error, checksum(tensors), self.data_parallel_rank)
+            error = agree(error, total(), self.data_parallel_rank)
         if error is not None:
             raise MisconfigurationException(f"{module.trainer.state.stage.value}: {error}")  # type: ignore[union-attr]
         return batch
@@ -748,11 +749,16 @@ class AutoSPStrategy(ParallelStrategy):
         Raises:
             MisconfigurationException: If the batch is unfit, or ranks of a sequence group hold different ones.
         """
-        tensors = batch_tensors(batch)
-        found = batch_error(tensors, self.sequence_dim, self.sequence_parallel_size)
-        error = agree(found, checksum(tensors), self.data_parallel_rank)
+        error, total = self._look_at(batch)
+        error = agree(error, total(), self.data_parallel_rank)
         if error is not None:
             raise MisconfigurationException(error)
+
+    def _look_at(self, batch: Any, *, all_named: bool = False) -> tuple[str | None, Callable[[], int]]:
+        """Return what is wrong with a batch, and what gives its checksum."""
+        tensors = list(found_tensors(batch))
+        error = batch_error(tensors, self.sequence_dim, self.sequence_parallel_size, all_named=all_named)
+        return error, lambda: checksum([one.tensor for one in tensors])
 
     # Steps.
 
@@ -1112,6 +1118,17 @@ def refuse_pytorch_lightning(**options: Any) -> None:
 def _require_size(name: str, value: Any) -> None:
     if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"{name}={value!r} is not known. Use 'auto' or a number of ranks, 1 or larger.")
+
+
+def _require_dim(value: Any) -> None:
+    dims = list(value.values()) if isinstance(value, Mapping) else [value]
+    names = list(value) if isinstance(value, Mapping) else ["0"]
+    if not names or any(not isinstance(dim, int) or isinstance(dim, bool) or dim < 0 for dim in dims):
+        raise ValueError(
+            f"sequence_dim={value!r} is not known. Use a dimension number, 0 or larger, or one for each key of the batch."
+        )
+    if any(not isinstance(name, str) for name in names):
+        raise ValueError(f'sequence_dim={value!r} names what is no text. Use keys, fields, or places in a tuple ("0").')
 
 
 def _require_choice(name: str, value: Any, choices: Any) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_autosp.step import batch_tensors
+from lightning_autosp.batches import SequenceDim, found_tensors, sequences, shown_dim
 
 __all__ = ["STEP_LOADERS", "TargetError", "headline", "load_target", "named_object", "step_arguments"]
 
@@ -42,7 +42,7 @@ def load_target(
     batch: str | None = None,
     config: str | None = None,
     step: str | None = None,
-    sequence_dim: int | None = None,
+    sequence_dim: SequenceDim | None = None,
     length: int | None = None,
     device: str = "cpu",
 ) -> tuple[nn.Module, Any, str, dict[str, Any]]:
@@ -209,20 +209,22 @@ def _find_batch(module: nn.Module, named: str | None, sections: Mapping[str, Any
     return batch, kind
 
 
-def _shortened(batch: Any, length: int, sequence_dim: int) -> Any:
+def _shortened(batch: Any, length: int, sequence_dim: SequenceDim) -> Any:
     """Cut every sequence to its first positions, and what has as many positions in further dimensions (a mask) alike."""
-    tensors = [tensor for tensor in batch_tensors(batch) if tensor.ndim > sequence_dim]
-    longest = max((tensor.shape[sequence_dim] for tensor in tensors), default=0)
+    found = sequences(found_tensors(batch), sequence_dim)
+    longest = max((one.tensor.shape[dim] for one, dim in found), default=0)
     if not 0 < length <= longest:
         raise TargetError(
-            f"--length {length}: the batch has {longest} position(s) in dimension {sequence_dim}. Use 1 to {longest}."
+            f"--length {length}: the batch has {longest} position(s) with {shown_dim(sequence_dim)}. Use 1 to {longest}."
         )
+    dims = {id(one.tensor): dim for one, dim in found}
 
     def one(tensor: Tensor) -> Tensor:
-        if tensor.ndim <= sequence_dim:
+        sequence = dims.get(id(tensor))
+        if sequence is None:
             return tensor
         for dim, size in enumerate(tensor.shape):
-            if dim == sequence_dim or (dim != (sequence_dim == 0) and size == longest):
+            if dim == sequence or (dim != (sequence == 0) and size == longest):
                 tensor = tensor.narrow(dim, 0, min(length, size))
         return tensor
 

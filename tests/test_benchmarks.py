@@ -37,3 +37,26 @@ def test_attention_counts_what_is_sent(tmp_path: Path) -> None:
     # 17 positions of half the heads of queries, keys and values go there, 16 of the result come back; gradients the other way.
     assert rows["ulysses"]["sent_bytes"] == 4 * 8 * (17 * (2 + 1 + 1) + 16 * 2 + 16 * (2 + 1 + 1) + 17 * 2)
     assert rows["ulysses"]["sent_bytes"] < rows["ulysses, keys and values repeated"]["sent_bytes"]
+
+
+def test_data_counts_what_ranks_read(tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--toy", "--json", str(file)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    found = json.loads(file.read_text())
+    assert found.keys() == {"torch", "python", "cpu", "date", "device", "file_mib", "num_ranks", "length", "rows"}
+    for rank, row in enumerate(found["rows"]):
+        assert (row["rank"], row["steps"]) == (rank, 2**18 // 4096)
+        assert row["read_bytes"] == 2**20 // 2
+        assert row["copied_bytes"] == 2**21 // 2
+        assert row["whole_bytes"] == 2**21
+        assert row["most_resident_bytes"] >= row["resident_bytes"] > 0
+
+
+def test_the_full_size_was_measured() -> None:
+    """A gibibyte over four ranks: each reads a quarter within 2%, and its resident memory does not grow by what it reads."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "data.json").read_text())
+    assert (found["file_mib"], found["num_ranks"], len(found["rows"])) == (1024, 4, 4)
+    for row in found["rows"]:
+        assert abs(row["read_bytes"] / 2**28 - 1) < 0.02
+        assert row["most_resident_bytes"] - row["resident_bytes"] < 8 * 2**20

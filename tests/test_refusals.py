@@ -212,7 +212,7 @@ UNKNOWN = {
     "data_parallel_size": [1.5, True],
     "parameter_sharding": ["zero3"],
     "attention": ["flash"],
-    "sequence_dim": [-1, "1"],
+    "sequence_dim": [-1, "1", {"ids": -1}],
     "batch_source": ["first"],
     "compile_backend": ["eager"],
     "checkpoint_policy": ["some"],
@@ -245,6 +245,7 @@ CASES: list[tuple[str, Any, tuple[Any, ...], list[str]]] = [
         ["train: rank 0: sequence_dim=1 but no tensor of the batch has such a dimension; the shapes are [(2,)]"],
     ),
     ("other dimension", fit_batches, (Sum, LONG, None, {"sequence_dim": 2}), ["sequence_dim=2 but no tensor", "(2, 6)"]),
+    ("no such key", fit_batches, (Sum, LONG, None, {"sequence_dim": {"ids": 1}}), ["has no 'ids'; its tensors are batch (2, 6)"]),
     ("no tensors", fit_batches, (Sum, "text"), ["no tensor of the batch has such a dimension; the shapes are none"]),
     ("too short", fit_batches, (Sum, SHORT), ["1 position(s), fewer than sequence_parallel_size=2"]),
     (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,21 @@ def test_every_rank_reads_its_part(tmp_path: Path, size: int) -> None:
         for batch in DataLoader(data, batch_size=7):
             assert batch["tokens"].local.shape[1] in (1001 // size, 1001 // size + 1)
         assert abs(counting.bytes / everything * size - 1) < 0.02
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Pages of a mapped file count as the process's own until they are given back."""
+    (file,) = write(tmp_path, [2**24])
+    data = TokenDataset(file, 2**18, next_token=False)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[2]) * os.sysconf("SC_PAGE_SIZE")  # of files
+
+    before = resident()
+    for index in range(len(data)):
+        data[index]
+    assert resident() - before < 2**22
 
 
 def test_litdata() -> None:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_autosp.batches import Found, SequenceDim, named_dim, sequences, shown_dim
+
 __all__ = ["agree", "batch_error", "checksum", "loader_error"]
 
 
@@ -23,19 +25,41 @@ def checksum(tensors: Sequence[Tensor]) -> int:
     return total
 
 
-def batch_error(tensors: Sequence[Tensor], sequence_dim: int, num_ranks: int) -> str | None:
-    """Return what is wrong with a batch, or `None`."""
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    lengths = [shape[sequence_dim] for shape in shapes if len(shape) > sequence_dim]
-    if not lengths:
+def batch_error(tensors: Sequence[Found], sequence_dim: SequenceDim, num_ranks: int, *, all_named: bool = False) -> str | None:
+    """Return what is wrong with a batch, or `None`.
+
+    Args:
+        tensors: Of the batch.
+        sequence_dim: Where their sequences are.
+        num_ranks: That share each of them.
+        all_named: Whether every name in `sequence_dim` has to be in the batch.
+    """
+    asked, shapes = shown_dim(sequence_dim), [tuple(one.tensor.shape) for one in tensors]
+    if not isinstance(sequence_dim, int):
+        shapes_by_place = ", ".join(f"{one.place or 'batch'} {tuple(one.tensor.shape)}" for one in tensors) or "none"
+        known = {name for one in tensors for name in one.names}
+        missing = [name for name in sequence_dim if name not in known]
+        if missing and all_named:
+            return (
+                f"{asked} but the batch has no {', '.join(map(repr, missing))}; its tensors are {shapes_by_place}. "
+                f'Name keys, fields or places in a tuple ("0") of the batch.'
+            )
+        for one in tensors:
+            dim = named_dim(one.names, sequence_dim)
+            if dim is not None and one.tensor.ndim <= dim:
+                return f"{asked} but {one.place} has no dimension {dim}; its shape is {tuple(one.tensor.shape)}."
+    lengths = [one.tensor.shape[dim] for one, dim in sequences(tensors, sequence_dim)]
+    if not lengths and isinstance(sequence_dim, int):
         return (
-            f"sequence_dim={sequence_dim} but no tensor of the batch has such a dimension; the shapes are {shapes or 'none'}. "
+            f"{asked} but no tensor of the batch has such a dimension; the shapes are {shapes or 'none'}. "
             f"Pass AutoSPStrategy(sequence_dim=...) for batches that are laid out differently."
         )
+    if not lengths:
+        return f"{asked} names no tensor of the batch; its tensors are {shapes_by_place}."
     if max(lengths) < num_ranks:
         return (
             f"the batch's sequences have {max(lengths)} position(s), fewer than sequence_parallel_size={num_ranks}; the shapes are "
-            f"{shapes} with sequence_dim={sequence_dim}. Use fewer sequence ranks or longer sequences."
+            f"{shapes} with {asked}. Use fewer sequence ranks or longer sequences."
         )
     return None
 

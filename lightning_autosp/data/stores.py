@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,32 @@ Integers = Any
 def documents_path(path: str | os.PathLike[str]) -> Path:
     """Return where the positions that documents start at stand, beside a token file: `corpus.documents.npy`."""
     return Path(path).with_suffix(".documents.npy")
+
+
+AROUND = 2**21
+"""Bytes that a page which is read may bring others of into a process's memory: what one page table of the kernel spans."""
+
+
+class _Mapped:
+    """A mapped file whose pages do not stay in the process's resident memory: those of a slice are given back with it."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, wanted: slice) -> Any:
+        found = np.array(self._values[wanted])
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start, stop, _ = wanted.indices(len(self))
+            before, size = self._values.offset % mmap.ALLOCATIONGRANULARITY, self._values.itemsize
+            begin = (before + start * size) // AROUND * AROUND
+            memory = self._values.base
+            end = min(-(-(before + stop * size) // AROUND) * AROUND, len(memory))
+            if begin < end:
+                memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        return found
 
 
 class Store:
@@ -68,12 +95,12 @@ class _File(Store):
     def _open_tokens(self) -> Integers:
         path, dtype = self.path, self.dtype
         if path.suffix == ".npy":
-            return _checked(np.load(path, mmap_mode="r"), path)
+            return _Mapped(_checked(np.load(path, mmap_mode="r"), path))
         if dtype is None:
             raise ValueError(f"{path} is a raw file of tokens: say dtype='uint16', or what they are; or use .npy files.")
         if path.stat().st_size % np.dtype(dtype).itemsize or not path.stat().st_size:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, which is no number of {np.dtype(dtype)} tokens.")
-        return _checked(np.memmap(path, dtype, "r"), path)
+        return _Mapped(_checked(np.memmap(path, dtype, "r"), path))
 
     def _open_documents(self) -> Integers:
         path = documents_path(self.path)
@@ -107,7 +134,7 @@ class _Chunk(Store):
         return str(self.path)
 
     def _open_tokens(self) -> Integers:
-        return np.memmap(self.path, self.dtype, "r", offset=4 * (self.num_items + 2))
+        return _Mapped(np.memmap(self.path, self.dtype, "r", offset=4 * (self.num_items + 2)))
 
     def _open_documents(self) -> Integers:
         offsets = np.fromfile(self.path, np.uint32, self.num_items, offset=4).astype(np.int64)
