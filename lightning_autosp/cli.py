@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
@@ -18,7 +18,9 @@ from typing_extensions import override
 
 from lightning_autosp.check import CheckError, check_target
 from lightning_autosp.data.write import WriteError, write_tokens
+from lightning_autosp.explain import explain_target
 from lightning_autosp.memory.devices import DEVICES
+from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.plan import plan_target
 from lightning_autosp.targets import TargetError, named_object
 
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(command, help=f"{what}, from a LightningCLI configuration (--config file.yaml)")
     _add_check(commands)
     _add_plan(commands)
+    _add_explain(commands)
     _add_tokens(commands)
     options = vars(parser.parse_args(arguments))
     return options.pop("run")(**options)
@@ -88,12 +91,13 @@ def _sequence_dim(text: str) -> int | dict[str, int]:
     return {name.strip(): int(dim) for name, dim in (one.split("=") for one in text.split(","))}
 
 
-def _target_arguments() -> argparse.ArgumentParser:
+def _target_arguments(*, required: bool = True) -> argparse.ArgumentParser:
     """Return what every command says of the module and the batch it is about."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "target",
         metavar="TARGET",
+        nargs=None if required else "?",
         help="package.module:Name or path/to/file.py:Name (a module class, or a function that returns a module), or a LightningCLI "
         "configuration (file.yaml)",
     )
@@ -108,8 +112,11 @@ def _target_arguments() -> argparse.ArgumentParser:
         metavar="D",
         help="the dimension of batch tensors that is the sequence, or of each by its key, as ids=1,frames=2 (default: 1)",
     )
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print the (last) result as JSON")
     return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the (last) result as JSON")
 
 
 def _report_error(error: Exception, verdict: str, *, as_json: bool) -> int:
@@ -129,6 +136,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Compare a module's step, lowered on simulated ranks, with one device: outputs, logged values, gradients, and "
         "what changes when a token does. Exit codes: 0 equal, 1 different, 2 could not be checked.",
     )
+    _add_json(parser)
     parser.add_argument("--ranks", dest="num_ranks", type=int, metavar="P", help="ranks that share the sequence (default: 2)")
     parser.add_argument("--length", type=int, metavar="N", help="use the first N positions of the batch's sequences")
     parser.add_argument("--rtol", type=float, help="what relative norms may differ by (default: by precision)")
@@ -153,21 +161,26 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description="Predict memory and time of a module's step for a number of ranks and a kind of device, on this machine's CPU "
         "and without allocating parameters. Exit codes: 0 fits, 1 does not fit, 2 could not be planned.",
     )
+    _add_json(parser)
     parser.add_argument("--world", type=int, required=True, metavar="P", help="ranks that share each sequence")
+    _add_device(parser)
+    parser.add_argument("--max-length", dest="longest", action="store_true", help="also find the longest sequence that fits")
+    parser.add_argument("--save", metavar="FILE", help="write the (last) plan, for AutoSPStrategy(plan=FILE)")
+    parser.set_defaults(run=_plan)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="KIND", help=f"one of {', '.join(DEVICES)} (default: h100)")
     parser.add_argument("--device-memory", metavar="BYTES", help="what a rank may take, as 80GiB (default: the device's)")
     parser.add_argument("--host-memory", metavar="BYTES", help="what a rank may keep on its host, as 96GiB (default: nothing)")
     parser.add_argument("--length", type=int, metavar="N", help="positions of the longest sequence (default: the batch's)")
-    parser.add_argument("--max-length", dest="longest", action="store_true", help="also find the longest sequence that fits")
     parser.add_argument("--precision", help="the Trainer's: 32-true, bf16-true, bf16-mixed, ... (default: the configuration's)")
     parser.add_argument(
         "--state-bytes", type=int, metavar="N", help="optimizer state for each parameter (default: what the optimizer makes)"
     )
-    parser.add_argument("--save", metavar="FILE", help="write the (last) plan, for AutoSPStrategy(plan=FILE)")
     parser.add_argument(
         "--backend", choices=("inductor", "aot_eager"), default="inductor", help="what training compiles with (default: inductor)"
     )
-    parser.set_defaults(run=_plan)
 
 
 def _plan(*, as_json: bool, save: str | None, **options: object) -> int:
@@ -179,6 +192,39 @@ def _plan(*, as_json: bool, save: str | None, **options: object) -> int:
         return _report_error(error, "fits", as_json=as_json)
     print(json.dumps(plans[-1].to_dict(), indent=2) if as_json else "\n\n".join(map(str, plans)))  # noqa: T201
     return 0 if plans[-1].best[1].fits else 1
+
+
+def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "explain",
+        parents=[_target_arguments(required=False)],
+        help="show what runs on each rank, and the memory it takes",
+        description="Show what becomes of a module's step: regions of the graph, collectives, attention calls, checkpoint policies "
+        "and memory over time, predicted as by plan. Exit codes: 0 shown, 2 could not be shown.",
+    )
+    parser.add_argument(
+        "--world", type=int, metavar="P", help="ranks that share each sequence (default: the configuration's, else 2)"
+    )
+    _add_device(parser)
+    policies = get_args(CheckpointPolicy)
+    parser.add_argument("--policy", choices=policies, help="the checkpoint policy to show (default: the fastest that fits)")
+    parser.add_argument("--json", dest="json_path", metavar="FILE", help="also write it as JSON")
+    parser.add_argument("--html", dest="html_path", metavar="FILE", help="also write it as one HTML page")
+    parser.set_defaults(run=_explain)
+
+
+def _explain(*, target: str | None, config: str | None, json_path: str | None, html_path: str | None, **options: Any) -> int:
+    if target is None:
+        target, config = config, None
+    try:
+        if target is None:
+            raise TargetError("Nothing is named. Use --config file.yaml, or package.module:Name.")
+        found = explain_target(target, config=config, **options)
+        found.save(json_path=json_path, html_path=html_path)
+    except (TargetError, ValueError, OSError) as error:
+        return _report_error(error, "shown", as_json=False)
+    found.print()
+    return 0
 
 
 def _add_tokens(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -30,10 +30,18 @@ from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
 from lightning_autosp.batches import SequenceDim
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.backend import CompileBackend, compile_module
+from lightning_autosp.compiler.emit import Emitter, Program
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import TILE_ROWS, Compiler, LoweredStep
-from lightning_autosp.memory.devices import DeviceKind, device_kind, format_bytes, parse_bytes
-from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
+from lightning_autosp.memory.devices import DeviceKind, device_kind, format_bytes, limit_bytes, parse_bytes
+from lightning_autosp.memory.estimate import (
+    MemoryEstimate,
+    Moment,
+    States,
+    forward_moments,
+    optimizer_memory,
+    training_moments,
+)
 from lightning_autosp.memory.partition import Agreed, Decision, MemoryOptions, Partitioner
 from lightning_autosp.memory.policy import LEAST, CheckpointPolicy
 from lightning_autosp.parameters import Entry, enter_parameter, largest_part, parameter_slots
@@ -41,11 +49,14 @@ from lightning_autosp.saved import ProgramFacts, SavedPlan, torch_release
 from lightning_autosp.step import CompiledStep
 from lightning_autosp.targets import TargetError, load_target, step_arguments
 
-__all__ = ["Plan", "PlanError", "Planner", "plan_target"]
+__all__ = ["Moments", "Plan", "PlanError", "Planner", "plan_target", "planned_host_limit", "planner_of"]
 
 POLICIES: tuple[CheckpointPolicy, ...] = get_args(CheckpointPolicy)
 NODE_SIZE = 8
 """Ranks that plans take a node to have."""
+
+Moments = dict[str, Callable[[], list[Moment]]]
+"""By checkpoint policy, what gives the step operator by operator."""
 
 
 class PlanError(TargetError):
@@ -219,6 +230,7 @@ class Planner:
         attention: AttentionMethod = "auto",
         state_bytes: int | None = None,
         backend: CompileBackend = "inductor",
+        policy: str | None = None,
     ) -> None:
         """Trace the step.
 
@@ -258,7 +270,7 @@ class Planner:
         compiled = CompiledStep(module, step, compiler, self.parameters, sequence_dim)  # type: ignore[arg-type]
         arguments, options = step_arguments(module, step, batch, dtype)
         try:
-            with self._computing(), _buffers_with_memory(module):
+            with self.computing(), _buffers_with_memory(module):
                 compiled(*arguments, **options)
         except BackendCompilerFailed as error:
             if not isinstance(error.inner_exception, _Captured):
@@ -269,14 +281,15 @@ class Planner:
         if not self.lowered.captured.symbols:
             raise PlanError(f"{type(module).__name__}.{step} fixes the sequence length, so other lengths cannot be planned.")
         self._one_length = bool(self.lowered.captured.following or compiled.numbers)
-        self._state_bytes, self._step = state_bytes, step
-        self._backend = backend
+        self.step, self._state_bytes = step, state_bytes
+        self._backend, self.policy = backend, policy
 
     def tile(self) -> bool:
         """Compute what is wide between two products in tiles, as a step does that does not fit otherwise; whether there is any."""
         return self.lowered.tile(TILE_ROWS)
 
-    def _computing(self) -> AbstractContextManager[Any]:
+    def computing(self) -> AbstractContextManager[Any]:
+        """Return the context that the step runs in: autocast, if the precision is mixed."""
         return torch.autocast("cpu", self._autocast) if self._autocast is not None else contextlib.nullcontext()
 
     def _find_optimizers(self) -> Sequence[Optimizer]:
@@ -300,52 +313,35 @@ class Planner:
             optimizer_step=max((step for _, step in found), default=0),
         )
 
-    def fitting(self, length: int | None = None) -> Plan:
+    def fitting(self, length: int | None = None, moments: Moments | None = None) -> Plan:
         """Return the plan for sequences of that length, the batch's own by default; in tiles if it does not fit otherwise."""
-        plan = self.at(self.length if length is None else length)
-        return plan if plan.best[1].fits or not self.tile() else self.at(plan.length)
+        plan = self.at(self.length if length is None else length, moments=moments)
+        return plan if plan.best[1].fits or not self.tile() else self.at(plan.length, moments=moments)
 
-    def at(self, length: int, policies: Sequence[str] = POLICIES) -> Plan:
+    def at(self, length: int, policies: Sequence[str] = POLICIES, moments: Moments | None = None) -> Plan:
         """Return the plan for sequences of that length.
 
         Args:
             length: Positions of the longest sequence; others keep their ratio to it.
             policies: Which to estimate.
+            moments: Where to put, by policy, what gives the step operator by operator.
 
         Raises:
             PlanError: If the module works with the batch's length only.
             ValueError: If the length is no number of positions.
         """
-        if length < 1:
-            raise ValueError(f"length={length} is not known. Use a number of positions, 1 or larger.")
-        if length != self.length and self._one_length:
-            raise PlanError(
-                f"{type(self.module).__name__} has tensors of as many positions as the batch ({self.length}), or compares its "
-                f"length with a number, so length {length} cannot be planned. Make the module and the batch for that length."
-            )
-        sizes = self._sizes(length)
-        emitter, program = self.lowered.emit(sizes, self.group, self.parameters)
+        emitter, program = self.emit(length)
         estimates: dict[str, MemoryEstimate] = {}
         decisions: dict[str, Decision] = {}
+        seen: Moments = {} if moments is None else moments
         held = self.states
-        with FakeTensorMode(allow_non_fake_inputs=True), self._computing():
-            inputs, parameters = [], []
-            for place, index in enumerate(program.inputs):
-                node = self.lowered.captured.placeholders[index]
-                value = node.meta["val"]
-                name = self.lowered.captured.parameters.get(node)
-                if name is None:
-                    shape: Sequence[int] = [emitter.integer(size) for size in emitter.facts.shape(node)]
-                else:
-                    value = self.parameters.held(name)
-                    shape = value.shape
-                    parameters.append(place)
-                inputs.append(torch.empty(shape, dtype=value.dtype, requires_grad=value.requires_grad))
+        with FakeTensorMode(allow_non_fake_inputs=True), self.computing():
+            inputs, parameters = self.inputs(emitter, program)
             batch = sum(value.nbytes for place, value in enumerate(inputs) if place not in set(parameters))
             states = replace(held, inputs=batch)
 
             def divide(gm: fx.GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
-                found = self._decide(gm, joint_inputs, states, parameters, policies, options)
+                found = self._decide(gm, joint_inputs, states, parameters, policies, options, seen)
                 for name, (decision, estimate) in found.items():
                     decisions[name], estimates[name] = decision, estimate
                 raise _Divided
@@ -355,19 +351,47 @@ class Planner:
                 partitioner.see(gm)
                 assert partitioner.estimate is not None
                 estimates["none"] = partitioner.estimate
+                seen["none"] = functools.partial(forward_moments, gm.graph, states, self.device.overhead)
                 raise _Divided
 
             with contextlib.suppress(_Divided):
                 compile_module(program.module, inputs, self._backend, forward_only, divide)
-        with self._computing():
-            facts = self.lowered.facts(program, inputs, sizes)
+        with self.computing():
+            facts = self.lowered.facts(program, inputs, self._sizes(length))
         saved = {name: self._saved(facts, decision) for name, decision in decisions.items()}
         return Plan(length, self.world, estimates, self.limit, saved, self.host_limit)
+
+    def emit(self, length: int) -> tuple[Emitter, Program]:
+        """Return the program of the first rank for sequences of that length, and what emitted it; raises what `at` raises."""
+        if length < 1:
+            raise ValueError(f"length={length} is not known. Use a number of positions, 1 or larger.")
+        if length != self.length and self._one_length:
+            raise PlanError(
+                f"{type(self.module).__name__} has tensors of as many positions as the batch ({self.length}), or compares its "
+                f"length with a number, so length {length} cannot be planned. Make the module and the batch for that length."
+            )
+        return self.lowered.emit(self._sizes(length), self.group, self.parameters)
+
+    def inputs(self, emitter: Emitter, program: Program) -> tuple[list[Tensor], list[int]]:
+        """Return what a program is called with, made under a `FakeTensorMode`, and which of it, by number, are parameters."""
+        inputs, parameters = [], []
+        for place, index in enumerate(program.inputs):
+            node = self.lowered.captured.placeholders[index]
+            value = node.meta["val"]
+            name = self.lowered.captured.parameters.get(node)
+            if name is None:
+                shape: Sequence[int] = [emitter.integer(size) for size in emitter.facts.shape(node)]
+            else:
+                value = self.parameters.held(name)
+                shape = value.shape
+                parameters.append(place)
+            inputs.append(torch.empty(shape, dtype=value.dtype, requires_grad=value.requires_grad))
+        return inputs, parameters
 
     def _saved(self, facts: ProgramFacts, decision: Decision) -> SavedPlan:
         name = type(self.module).__name__
         decision = decision._replace(tiled=self.lowered.is_tiled, kept=(), offloaded=())
-        return SavedPlan(name, self._step, torch_release(), self.world, self.parameters.sharded, facts, decision)
+        return SavedPlan(name, self.step, torch_release(), self.world, self.parameters.sharded, facts, decision)
 
     def _options(self, policy: str) -> MemoryOptions:
         overhead = self.device.overhead
@@ -383,6 +407,7 @@ class Planner:
         parameters: Sequence[int],
         policies: Sequence[str],
         options: Mapping[str, Any],
+        moments: Moments,
     ) -> dict[str, Agreed]:
         joint = Partitioner.read(gm, options["num_fwd_outputs"], parameters, fused=self._backend == "inductor")
         default = None
@@ -391,10 +416,12 @@ class Planner:
             partitioner = Partitioner(self._options(policy), states, parameters)
             if default is None and policy in ("none", "auto"):
                 default = partitioner.default(gm, joint, joint_inputs, **options)
-            partitioner.decide(joint, default or set())
+            choice = partitioner.decide(joint, default or set())
             assert partitioner.decided is not None
             assert partitioner.estimate is not None
-            found[partitioner.decided.policy if policy == LEAST else policy] = (partitioner.decided, partitioner.estimate)
+            name = partitioner.decided.policy if policy == LEAST else policy
+            found[name] = (partitioner.decided, partitioner.estimate)
+            moments[name] = functools.partial(training_moments, joint, choice, states, self.device.overhead)
         return found
 
     @property
@@ -481,40 +508,15 @@ def _buffers_with_memory(module: nn.Module) -> Iterator[None]:
             submodule._buffers[name] = buffer
 
 
-def plan_target(
-    target: str,
-    *,
-    world: int,
-    device: str | None = None,
-    device_memory: str | None = None,
-    host_memory: str | None = None,
-    length: int | None = None,
-    longest: bool = False,
-    batch: str | None = None,
-    config: str | None = None,
-    step: str | None = None,
-    sequence_dim: SequenceDim | None = None,
-    precision: str | None = None,
-    state_bytes: int | None = None,
-    backend: CompileBackend = "inductor",
-) -> list[Plan]:
-    """Plan a module that is named, as `targets.load_target` reads names.
+def plan_target(target: str, *, world: int, length: int | None = None, longest: bool = False, **options: Any) -> list[Plan]:
+    """Plan a module that is named.
 
     Args:
         target: A module or a LightningCLI configuration.
         world: Ranks that share each sequence.
-        device: A device kind: see `memory.devices.DEVICES`. Default: "h100".
-        device_memory: Bytes a rank may take, as "80GiB". Default: the device's.
-        host_memory: Bytes a rank may keep on its host, as "96GiB". Default: none.
         length: Positions to plan. Default: the batch's own.
         longest: Also find the longest sequence that fits.
-        batch: Where a batch is from.
-        config: A configuration with arguments of the classes named.
-        step: The method. Default: "training_step".
-        sequence_dim: The dimension of batch tensors that is the sequence.
-        precision: As the Trainer's. Default: the configuration's.
-        state_bytes: Optimizer state in bytes for each parameter. Default: what the module's optimizers make.
-        backend: What training will compile with.
+        options: As of `planner_of`.
 
     Returns:
         The plan of the length asked for, then, if `longest`, of the longest.
@@ -524,29 +526,85 @@ def plan_target(
         TargetError: If something named does not exist.
         ValueError: If the device, its memory, the number of ranks or the length is not known.
     """
-    kind = device_kind(device or "h100")
-    limit = kind.memory if device_memory is None else parse_bytes(device_memory, "--device-memory")
-    if world < 1:
-        raise ValueError(f"world={world} is not known. Use a number of ranks, 1 or larger.")
-    module, data, step, options = load_target(
-        target, batch=batch, config=config, step=step, sequence_dim=sequence_dim, device="meta"
-    )
-    planner = Planner(
-        module,
-        data,
-        world=world,
-        device=kind,
-        limit=limit,
-        host_limit=0 if host_memory is None else parse_bytes(host_memory, "--host-memory"),
-        step=step,
-        sequence_dim=options["sequence_dim"],
-        precision=precision or options["precision"],
-        attention=options.get("attention", "auto"),
-        state_bytes=state_bytes,
-        backend=backend,
-    )
+    planner = planner_of(target, world=world, **options)
     plans = [planner.fitting(length)]
     if longest:
         planner.tile()
         plans.append(planner.longest()[0])
     return plans
+
+
+def planner_of(
+    target: str,
+    *,
+    world: int | None = None,
+    device: str | None = None,
+    device_memory: str | None = None,
+    host_memory: str | None = None,
+    batch: str | None = None,
+    config: str | None = None,
+    step: str | None = None,
+    sequence_dim: SequenceDim | None = None,
+    precision: str | None = None,
+    state_bytes: int | None = None,
+    backend: CompileBackend = "inductor",
+    policy: str | None = None,
+) -> Planner:
+    """Return the planner of a module that is named, as `targets.load_target` reads names.
+
+    What the configuration says of the strategy holds (`attention`, `parameter_sharding`, `checkpoint_policy`, `memory_limit`,
+    `host_memory_limit` in bytes), unless the same is an argument here.
+
+    Args:
+        target: A module or a LightningCLI configuration.
+        world: Ranks that share each sequence. Default: the configuration's `sequence_parallel_size`, else 2.
+        device: A device kind: see `memory.devices.DEVICES`. Default: "h100".
+        device_memory: Bytes a rank may take, as "80GiB". Default: the device's.
+        host_memory: Bytes a rank may keep on its host, as "96GiB". Default: none.
+        batch: Where a batch is from.
+        config: A configuration with arguments of the classes named.
+        step: The method. Default: "training_step".
+        sequence_dim: The dimension of batch tensors that is the sequence.
+        precision: As the Trainer's. Default: the configuration's.
+        state_bytes: Optimizer state in bytes for each parameter. Default: what the module's optimizers make.
+        backend: What training will compile with.
+        policy: The checkpoint policy to show. Default: the configuration's.
+
+    Raises:
+        PlanError: If the step cannot be planned.
+        TargetError: If something named does not exist.
+        ValueError: If the device, its memory or the number of ranks is not known.
+    """
+    kind = device_kind(device or "h100")
+    limit = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
+    host_limit = None if host_memory is None else parse_bytes(host_memory, "--host-memory")
+    if world is not None and world < 1:
+        raise ValueError(f"world={world} is not known. Use a number of ranks, 1 or larger.")
+    module, data, step, options = load_target(
+        target, batch=batch, config=config, step=step, sequence_dim=sequence_dim, device="meta"
+    )
+    if limit is None and "memory_limit" in options:
+        limit = limit_bytes(options["memory_limit"], kind.memory)
+    if host_limit is None:
+        host_limit = planned_host_limit(options.get("host_memory_limit", "auto"))
+    return Planner(
+        module,
+        data,
+        world=options.get("sequence_parallel_size", 2) if world is None else world,
+        device=kind,
+        limit=limit,
+        host_limit=host_limit,
+        step=step,
+        sequence_dim=options["sequence_dim"],
+        precision=precision or options["precision"],
+        sharded=options.get("parameter_sharding") != "replicate",
+        attention=options.get("attention", "auto"),
+        state_bytes=state_bytes,
+        backend=backend,
+        policy=policy or options.get("checkpoint_policy"),
+    )
+
+
+def planned_host_limit(limit: int | float | str) -> int:
+    """Return what a planned rank may keep on its host, of which nothing is known but a number of bytes."""
+    return 0 if limit == "auto" or isinstance(limit, float) else limit_bytes(limit, 1, "host_memory_limit")

@@ -67,6 +67,7 @@ from lightning_autosp.data.agreement import agree, batch_error, checksum, loader
 from lightning_autosp.data.position import Epoch, PositionedLoader, put_back, reordered, set_aside
 from lightning_autosp.data.sources import SOURCES, BatchSource, choose_source, number_of_batches, share
 from lightning_autosp.data.tokens import make_whole, sequence_shards, sharded_datasets
+from lightning_autosp.explain import Explanation, explain
 from lightning_autosp.faults import Watch, not_finite
 from lightning_autosp.memory.devices import device_kind, device_of, format_bytes, free_host_memory, limit_bytes
 from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
@@ -75,7 +76,7 @@ from lightning_autosp.memory.partition import MemoryOptions
 from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.mesh import SEQUENCE_AXIS, ParallelMesh, resolve_sizes
 from lightning_autosp.parameters import ModuleParameters, gather_to_cpu
-from lightning_autosp.plan import Plan, Planner
+from lightning_autosp.plan import Plan, Planner, planned_host_limit
 from lightning_autosp.preemption import Preemption
 from lightning_autosp.recovery import FIRST_STEPS, Before, Gradients, Meeting
 from lightning_autosp.saved import SavedPlan
@@ -306,27 +307,58 @@ class AutoSPStrategy(ParallelStrategy):
             PlanError: If the step cannot be planned.
             ValueError: If the device is not known.
         """
+        return self._planner(module, batch, world=world, device=device, precision=precision, step=step).fitting(length)
+
+    @_AlsoOnClass
+    def explain(
+        self,
+        module: nn.Module,
+        batch: Any,
+        *,
+        world: int | None = None,
+        device: str = "h100",
+        length: int | None = None,
+        precision: str | None = None,
+        step: str = "training_step",
+    ) -> Explanation:
+        """Show what would run on each rank and what it would take, in this process, without allocating anything.
+
+        `AutoSPStrategy.explain(module, batch)` does it with default options; what holds of an instance's for `plan` holds here, and
+        its `checkpoint_policy`. The result prints as a table; `to_dict()` and `to_html()` give it as plain data and as a page.
+
+        Args:
+            module: As of `plan`.
+            batch: As of `plan`.
+            world: Ranks that share each sequence. Default: `sequence_parallel_size`; 2 where that is "auto".
+            device: As of `plan`.
+            length: As of `plan`.
+            precision: As of `plan`.
+            step: As of `plan`.
+
+        Raises:
+            PlanError: If the step cannot be planned.
+            ValueError: If the device is not known.
+        """
+        asked = self._asked_sizes[1]
+        ranks = world or (asked if isinstance(asked, int) else 2)
+        policy = None if self._checkpoint_policy == "auto" else self._checkpoint_policy
+        planner = self._planner(module, batch, world=ranks, device=device, precision=precision, step=step, policy=policy)
+        return explain(planner, length)
+
+    def _planner(self, module: nn.Module, batch: Any, *, device: str, **options: Any) -> Planner:
         kind = device_kind(device)
-        planner = Planner(
+        return Planner(
             module,
             batch,
-            world=world,
             device=kind,
             limit=None if self._memory_limit == "auto" else limit_bytes(self._memory_limit, kind.memory),
-            host_limit=self._planned_host_limit(),
-            step=step,
+            host_limit=planned_host_limit(self._host_memory_limit),
             sequence_dim=self.sequence_dim,
-            precision=precision,
             sharded=self._parameter_sharding != "replicate",
             attention=self._attention,
             backend="aot_eager" if self._compile_backend == "aot_eager" else "inductor",
+            **options,
         )
-        return planner.fitting(length)
-
-    def _planned_host_limit(self) -> int:
-        """Return what a planned rank may keep on its host, of which nothing is known."""
-        limit = self._host_memory_limit
-        return 0 if limit == "auto" or isinstance(limit, float) else limit_bytes(limit, 1, "host_memory_limit")
 
     # Processes and ranks.
 

@@ -48,7 +48,8 @@ def load_target(
 ) -> tuple[nn.Module, Any, str, dict[str, Any]]:
     """Return a module that is named, a batch of its own data, the step the batch is for, and the options to run it with.
 
-    Options are the configuration's for the strategy, `sequence_dim` always among them, and its Trainer's `precision`.
+    Options are the configuration's for the strategy but for those that are "auto", `sequence_dim` always among them, and its
+    Trainer's `precision`.
 
     Args:
         target: `package.module:Name` or `path/to/file.py:Name`, a module class or a function that returns a module; or the path of
@@ -136,7 +137,7 @@ def _strategy_options(sections: Mapping[str, Any]) -> dict[str, Any]:
     strategy = (sections.get("trainer") or {}).get("strategy")
     if not isinstance(strategy, dict) or not str(strategy.get("class_path", "")).endswith("AutoSPStrategy"):
         return {}
-    return {name: value for name, value in (strategy.get("init_args") or {}).items() if isinstance(value, int)}
+    return {name: value for name, value in (strategy.get("init_args") or {}).items() if value not in ("auto", None)}
 
 
 def _made(named: Any, sections: Mapping[str, Any], section: str, base: type, text: str) -> Any:

@@ -32,6 +32,8 @@ __all__ = [
     "Report",
     "StepReport",
     "StrictModeError",
+    "print_rows",
+    "role",
 ]
 
 MiB = 2**20
@@ -163,22 +165,14 @@ class StepReport:
             emitter.group.size,
         )
         for node in facts.captured.graph.nodes:
-            if node.op != "call_function" or node not in plan.demands:
-                continue
-            sharding = plan.shardings.get(node)
-            touched = facts.has_sequence(node) or any(facts.has_sequence(source) for source in node.all_input_nodes)
-            if sharding is not None:
-                if sharding.kind == "attention":
-                    entry.attention.append(_attention(node, sharding, emitter))
-                elif sharding.kind in ("local", "exchange"):
-                    entry.num_local += 1
-                else:
-                    entry.num_reductions += 1
-            elif any(facts.has_sequence(source) and source in facts.trained for source in node.all_input_nodes):
-                if emitter.group.size > 1 and isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
-                    entry.in_full.append(_whole(node, emitter, "no rule keeps it sharded"))
-            elif touched:
-                entry.num_data += 1
+            found = role(node, emitter)
+            if found == "attention":
+                entry.attention.append(_attention(node, plan.shardings[node], emitter))
+            elif found == "in full" and emitter.group.size > 1 and isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
+                entry.in_full.append(_whole(node, emitter, "no rule keeps it sharded"))
+            entry.num_local += found == "sharded"
+            entry.num_reductions += found == "joined"
+            entry.num_data += found == "on data"
         entry.tiled = [_tiled(node, emitter) for node in emitter.tile_programs]
         for node, reader in facts.captured.kept.items():
             entry.kept.append(_whole(node, emitter, _why_kept(reader)))
@@ -224,6 +218,26 @@ class StepReport:
                     f"strict=True: the attention mask at {call.where} is {call.mask_bytes / MiB:.0f} MiB on every rank and is "
                     f"{call.mask}. Build it from positions (torch.arange), pass is_causal=True, or use strict=False."
                 )
+
+
+def role(node: fx.Node, emitter: Emitter) -> str:
+    """Return what becomes of an operator of a captured step.
+
+    "sharded": it runs on this rank's part. "joined": so it does, and the parts are then joined (reductions, losses). "attention".
+    "on data": every rank computes it of data that met no parameter. "in full": every rank computes it of the whole sequence. "":
+    it has nothing to do with a sequence, or nobody needs it.
+    """
+    plan, facts = emitter.plan, emitter.facts
+    if node.op != "call_function" or node not in plan.demands:
+        return ""
+    sharding = plan.shardings.get(node)
+    if sharding is not None:
+        kinds = {"local": "sharded", "exchange": "sharded", "attention": "attention"}
+        return kinds.get(sharding.kind, "joined")
+    sources = node.all_input_nodes
+    if any(facts.has_sequence(source) and source in facts.trained for source in sources):
+        return "in full"
+    return "on data" if facts.has_sequence(node) or any(map(facts.has_sequence, sources)) else ""
 
 
 def _unsharded(captured: Captured, lengths: list[int], num_ranks: int) -> Whole:
@@ -390,16 +404,21 @@ class Report:
 
     def print(self) -> None:
         """Print a table: with rich if it is installed, else as plain text."""
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            print(f"lightning-autosp\n{self}")  # noqa: T201
-            return
-        table = Table("step", "what runs", title="lightning-autosp", show_lines=False, title_justify="left")
-        for heading, text in self.rows():
-            table.add_row(heading, text)
-        Console().print(table)
+        print_rows("lightning-autosp", self.rows())
+
+
+def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print `(heading, text)` pairs: as a table with rich if it is installed, else as plain text."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("\n".join([title, *(f"{heading:<32} {text}" for heading, text in rows)]))  # noqa: T201
+        return
+    table = Table("step", "what runs", title=title, show_lines=False, title_justify="left")
+    for heading, text in rows:
+        table.add_row(heading, text)
+    Console(markup=False).print(table)
 
 
 def _describe(call: Attention) -> str:

@@ -7,7 +7,7 @@ import inspect
 import itertools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,18 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_autosp.lines import user_line
 from lightning_autosp.memory.costs import Cost, Roofline, cost, is_collective
 from lightning_autosp.memory.devices import format_bytes
-from lightning_autosp.memory.joint import Joint, Memory, Peak, Storages
+from lightning_autosp.memory.joint import Joint, Memory, Operator, Peak, Storages, Transfer, Watch
 from lightning_autosp.memory.meter import LiveBytes
 from lightning_autosp.memory.policy import Choice
 
 __all__ = [
     "MemoryEstimate",
     "MemoryLimitError",
+    "Moment",
     "States",
     "estimate_forward",
     "estimate_training",
+    "forward_moments",
     "model_flops",
     "optimizer_memory",
+    "training_moments",
 ]
 
 
@@ -129,6 +132,34 @@ class MemoryEstimate:
         return rows
 
 
+@dataclass(frozen=True)
+class Moment:
+    """An operator that runs, and what is held while it does.
+
+    Attributes:
+        operator: Its name; for a copy to the host or back, the name of that.
+        where: The line it is from.
+        phase: "forward", "backward" or "optimizer step".
+        categories: Bytes by what they are, as in `MemoryEstimate`.
+        cost: What running it costs.
+        again: Whether backward computes again what forward has.
+        is_collective: Whether all ranks have to take part.
+    """
+
+    operator: str
+    where: str
+    phase: str
+    categories: dict[str, int]
+    cost: Cost = field(default_factory=Cost)
+    again: bool = False
+    is_collective: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """All that is held."""
+        return sum(self.categories.values())
+
+
 def estimate_training(
     joint: Joint, choice: Choice, states: States, limit: int | None, overhead: int, roofline: Roofline
 ) -> MemoryEstimate:
@@ -154,15 +185,45 @@ def estimate_training(
         seconds_again=choice.seconds,
         step_seconds=schedule.stalled + sum(roofline.seconds(joint.cost(node)) for node in (*schedule.forward, *schedule.backward)),
     )
-    total_grads = sum(size for key, size in grads.items() if key not in joint.resident)
-    step = (
-        states.parameters + states.optimizer + states.inputs + max(total_grads, states.gradients) + states.optimizer_step + overhead
-    )
-    if step > estimate.peak:
-        names = {"gradients": max(total_grads, states.gradients), "transient": states.optimizer_step}
-        held = {name: size for name, size in _held(states, overhead).items() if name != "gradients"}
-        estimate = replace(estimate, peak=step, phase="optimizer step", where="the optimizer", categories={**held, **names})
+    step = _optimizer_step(joint, states, grads, overhead)
+    if sum(step.values()) > estimate.peak:
+        estimate = replace(estimate, peak=sum(step.values()), phase="optimizer step", where="the optimizer", categories=step)
     return estimate
+
+
+def _optimizer_step(joint: Joint, states: States, grads: Storages, overhead: int) -> dict[str, int]:
+    """Return what is held while the optimizer steps, by category."""
+    total_grads = sum(size for key, size in grads.items() if key not in joint.resident)
+    held = _held(states, overhead)
+    return {**held, "gradients": max(total_grads, states.gradients), "transient": states.optimizer_step}
+
+
+def training_moments(joint: Joint, choice: Choice, states: States, overhead: int) -> list[Moment]:
+    """Return a training step operator by operator; the most that is held at one is the peak of `estimate_training`."""
+    schedule = choice.schedule
+    grads: Storages = {key: size for node in joint.grads for key, size in joint.memory.made[node].items()}
+    kinds, again = _kinds(joint, schedule.saved_storages(), grads), set(schedule.recomputed)
+    moments: list[Moment] = []
+
+    def watching(phase: str) -> Watch:
+        def watch(operator: Operator, alive: Storages, workspace: int) -> None:
+            categories = _categories(states, Peak(sum(alive.values()) + workspace, None, alive, workspace), kinds, overhead)
+            moments.append(_moment(operator, phase, categories, joint.cost(operator), phase == "backward" and operator in again))
+
+        return watch
+
+    schedule.peaks(watch=(watching("forward"), watching("backward")))
+    step = _optimizer_step(joint, states, grads, overhead)
+    return [*moments, Moment("step", "the optimizer", "optimizer step", step)]
+
+
+def _moment(operator: Operator, phase: str, categories: dict[str, int], taken: Cost, again: bool) -> Moment:
+    node = operator.value if isinstance(operator, Transfer) else operator
+    name = f"{operator.step} {node.target}" if isinstance(operator, Transfer) else str(node.target)
+    together = not isinstance(operator, Transfer) and (is_collective(node) or taken.sent > 0)
+    # Parameters enter a program, and their gradients leave it, at no line of the user's.
+    where = user_line(node) if node.meta.get("stack_trace") or not together else "parameters"
+    return Moment(name, where, phase, categories, taken, again, together)
 
 
 def model_flops(costs: Iterable[Cost]) -> float:
@@ -172,16 +233,33 @@ def model_flops(costs: Iterable[Cost]) -> float:
 
 def estimate_forward(graph: fx.Graph, states: States, limit: int | None, overhead: int) -> MemoryEstimate:
     """Return what a graph without backward takes."""
+    peak, order = _walk_forward(graph)
+    categories = _categories(states, peak, {}, overhead)
+    where = user_line(peak.node) if peak.node is not None else "<nothing runs>"
+    flops = sum(cost(node).flops for node in order)
+    return MemoryEstimate("none", sum(categories.values()), where, "forward", categories, limit=limit, flops=flops)
+
+
+def forward_moments(graph: fx.Graph, states: States, overhead: int) -> list[Moment]:
+    """Return a graph without backward operator by operator."""
+    moments: list[Moment] = []
+
+    def watch(operator: Operator, alive: Storages, workspace: int) -> None:
+        assert isinstance(operator, fx.Node)
+        categories = _categories(states, Peak(sum(alive.values()) + workspace, None, alive, workspace), {}, overhead)
+        moments.append(_moment(operator, "forward", categories, cost(operator), False))
+
+    _walk_forward(graph, watch)
+    return moments
+
+
+def _walk_forward(graph: fx.Graph, watch: Watch | None = None) -> tuple[Peak, list[fx.Node]]:
     nodes = [node for node in graph.nodes if node.op != "output"]
     memory = Memory(nodes)
     resident = {key for node in nodes if node.op == "placeholder" for key in memory.made[node]}
     outputs = {key for node in graph.output_node().all_input_nodes for key in memory.made[node]}
     order = [node for node in nodes if node.op != "placeholder"]
-    peak = memory.walk(order, {}, outputs, resident, collect=True)
-    categories = _categories(states, peak, {}, overhead)
-    where = user_line(peak.node) if peak.node is not None else "<nothing runs>"
-    flops = sum(cost(node).flops for node in order)
-    return MemoryEstimate("none", sum(categories.values()), where, "forward", categories, limit=limit, flops=flops)
+    return memory.walk(order, {}, outputs, resident, True, watch), order
 
 
 def _kinds(joint: Joint, saved: Storages, grads: Storages) -> dict[int, str]:

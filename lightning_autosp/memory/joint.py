@@ -10,7 +10,7 @@ import functools
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_autosp.memory.costs import Cost, cost, is_attention, is_view, workspace_bytes
 
-__all__ = ["Joint", "Memory", "Operator", "Peak", "Schedule", "Transfer"]
+__all__ = ["Joint", "Memory", "Operator", "Peak", "Schedule", "Transfer", "Watch"]
 
 aten = torch.ops.aten
 
@@ -63,6 +63,9 @@ class Transfer:
 
 Operator = fx.Node | Transfer
 """What a schedule consists of."""
+
+Watch = Callable[[Operator, Storages, int], None]
+"""Is told of every operator in turn: what is alive while it runs, and the workspace of its kernel."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,13 @@ class Memory:
         return sum(size for key, size in self.made[node].items() if key not in given)
 
     def walk(
-        self, order: Sequence[Operator], inputs: Storages, outputs: set[int], resident: set[int], collect: bool = False
+        self,
+        order: Sequence[Operator],
+        inputs: Storages,
+        outputs: set[int],
+        resident: set[int],
+        collect: bool = False,
+        watch: Watch | None = None,
     ) -> Peak:
         """Run operators in thought, and count.
 
@@ -123,6 +132,7 @@ class Memory:
             outputs: Storages that are never freed.
             resident: Storages that are not counted: parameters, inputs that the caller holds.
             collect: Whether to note what is alive at the peak.
+            watch: Is told of every operator.
         """
         for node in order:
             if isinstance(node, Transfer) and node not in self.made:
@@ -170,13 +180,11 @@ class Memory:
                 where = node.value if isinstance(node, Transfer) else node
                 if collect:
                     at_peak = dict(alive)
+            if watch is not None:
+                watch(node, _by_storage(alive), extra)
             for key in free.get(position, ()):
                 current -= alive.pop(key, 0)
-        first: Storages = {}
-        for key, size in at_peak.items():
-            name = key[0] if isinstance(key, tuple) else key
-            first[name] = first.get(name, 0) + size
-        return Peak(best, where, first, space)
+        return Peak(best, where, _by_storage(at_peak), space)
 
     def _versions(self, order: Sequence[Operator]) -> tuple[list[dict[Any, int]], list[Sequence[Any]]]:
         """Return what each operator makes and uses. One that runs again makes storages of its own each time."""
@@ -196,6 +204,15 @@ class Memory:
             made.append({held[node][key]: size for key, size in self.made[node].items()})
             used.append(tuple(dict.fromkeys((*given.values(), *held[node].values()))))
         return made, used
+
+
+def _by_storage(alive: dict[Any, int]) -> Storages:
+    """Add up what is alive of a storage that exists more than once, because its operator runs again."""
+    found: Storages = {}
+    for key, size in alive.items():
+        name = key[0] if isinstance(key, tuple) else key
+        found[name] = found.get(name, 0) + size
+    return found
 
 
 class Joint:
@@ -458,16 +475,16 @@ class Schedule:
         made, resident = self.joint.memory.made, self.joint.resident
         return {key: size for node in nodes for key, size in made[node].items() if key not in resident}
 
-    def peaks(self, collect: bool = False) -> tuple[Peak, Peak]:
-        """Return the peaks of forward and of backward, without parameters and inputs."""
+    def peaks(self, collect: bool = False, watch: tuple[Watch | None, Watch | None] = (None, None)) -> tuple[Peak, Peak]:
+        """Return the peaks of forward and of backward, without parameters and inputs; `watch` is told of the operators of each."""
         joint, made = self.joint, self.joint.memory.made
         saved = self.saved_storages()
         outputs = {key: size for node in joint.outputs for key, size in made[node].items() if key not in joint.resident}
-        forward = joint.memory.walk(self.forward, {}, outputs.keys() | saved.keys(), joint.resident, collect)
+        forward = joint.memory.walk(self.forward, {}, outputs.keys() | saved.keys(), joint.resident, collect, watch[0])
         grads = {key for node in joint.grads for key in made[node]}
         tangents = {key: size for node in joint.tangents for key, size in made[node].items()}
         start = {**outputs, **saved, **tangents}
-        backward = joint.memory.walk(self.backward, start, grads | outputs.keys(), joint.resident, collect)
+        backward = joint.memory.walk(self.backward, start, grads | outputs.keys(), joint.resident, collect, watch[1])
         return forward, backward
 
 
