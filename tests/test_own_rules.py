@@ -104,6 +104,26 @@ def test_a_wrong_rule_is_found() -> None:
     assert result.exit_code == 1, str(result)
 
 
+torch.library.define("autosp_tests::squash", "(Tensor x, float width) -> Tensor", tags=(torch.Tag.pointwise,))
+torch.library.impl("autosp_tests::squash", "cpu", lambda x, width: x / (width + x.abs()))
+torch.library.register_fake("autosp_tests::squash", lambda x, width: torch.empty_like(x))
+torch.library.register_autograd(
+    "autosp_tests::squash",
+    lambda ctx, grad: (grad * ctx.width / (ctx.width + ctx.saved_tensors[0].abs()) ** 2, None),
+    setup_context=lambda ctx, inputs, output: (ctx.save_for_backward(inputs[0]), setattr(ctx, "width", inputs[1])),
+)
+
+
+def test_operators_that_are_tagged_pointwise_need_no_rule() -> None:
+    net = Net()
+
+    def squashed(ids: Tensor) -> Tensor:
+        return net.head(torch.ops.autosp_tests.squash(net.table(ids), 2.0)).square().mean()
+
+    lowered = assert_exact(squashed, (IDS,), net, num_ranks=3)
+    assert not lowered.report.in_full
+
+
 @pytest.mark.parametrize(
     ("operator", "error", "says"),
     [
