@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
 import os
 import sys
 import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -28,11 +29,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_autosp import _compat
-from lightning_autosp.batches import SequenceDim, found_tensors, named_dim
+from lightning_autosp.batches import Found, SequenceDim, found_tensors, named_dim, sequences
 from lightning_autosp.compiler.layout import base_cuts
+from lightning_autosp.compiler.locate import Place
 from lightning_autosp.lines import frames_in, is_users
 
-__all__ = ["ANSWER", "GRACE", "MEET", "POLL", "Watch", "not_finite", "waited_in_vain"]
+__all__ = ["ANSWER", "GRACE", "MEET", "POLL", "Watch", "described", "not_finite", "waited_in_vain"]
 
 POLL = 0.5
 """Seconds between two looks at the store."""
@@ -234,6 +236,35 @@ def not_finite(batch: Any, module: nn.Module, sequence_dim: SequenceDim, num_ran
             found.append(f"parameter {name} has values that are not finite")
             break
     return "; ".join(found)
+
+
+def described(place: Place, rank: int, loss: float, tensors: Iterable[Found], sequence_dim: SequenceDim) -> str:
+    """Return for people where a value that is no number arises.
+
+    Args:
+        place: Where.
+        rank: That found it.
+        loss: NaN or infinite.
+        tensors: Of the batch; of integers, what stands there is told.
+        sequence_dim: Of theirs.
+    """
+    what = "NaN" if math.isnan(loss) else "infinite value"
+    text = f"the first {what} comes from {place.operator}"
+    text += "" if place.index is None else f", element {list(place.index)}"
+    text += f", on rank {rank}" if place.is_part else ""
+    text += "" if place.bounds is None else f" (positions {place.bounds[0]} to {place.bounds[1] - 1})"
+    if place.position is None:
+        return text
+    text += f", position {place.position} of the sequence"
+    for one, dim in sequences(tensors, sequence_dim):
+        value = one.tensor
+        if value.is_floating_point() or value.dtype == torch.bool or not 0 <= place.position < value.shape[dim]:
+            continue
+        at = value.select(dim, place.position)
+        if place.sample is not None and at.ndim and place.sample < at.shape[0]:
+            at = at[place.sample]
+        text += f", where the batch{one.place} is {at.flatten()[:8].tolist() if at.ndim else at.item()}"
+    return text
 
 
 def waited_in_vain(error: BaseException) -> bool:

@@ -97,7 +97,7 @@ class ParallelMesh:
     def host(self) -> Groups:
         """Return groups for values in host memory. Every rank has to be the first time at the same place."""
         sequence, data = self.sequence_group, self.data_group
-        if self.sequence_size > 1 and "gloo" not in dist.get_backend(sequence):  # alone, a rank has nobody to send a batch to
+        if self.data_size * self.sequence_size > 1 and "gloo" not in dist.get_backend(sequence):
             ranks = self.mesh.mesh
             rank = dist.get_rank()
             for one in ranks.tolist():

@@ -57,10 +57,13 @@ class Before:
         arguments = pytree.tree_map(lambda value: value, (args, kwargs))
         return cls(arguments, (torch.get_rng_state(), cuda), device, buffers, attributes)
 
-    def restore(self) -> None:
+    def restore_random(self) -> None:
         torch.set_rng_state(self.random[0])
         if self.random[1] is not None:
             torch.cuda.set_rng_state(self.random[1], self.device)
+
+    def restore(self) -> None:
+        self.restore_random()
         with torch.no_grad():
             for owner, name, buffer, copy in self.buffers:
                 buffer.copy_(copy)

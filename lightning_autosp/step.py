@@ -22,6 +22,7 @@ from lightning_autosp import _compat
 from lightning_autosp.batches import Found, SequenceDim, call_tensors, sequences
 from lightning_autosp.compiler.capture import Captured
 from lightning_autosp.compiler.crossing import EagerMarks, PartTensor
+from lightning_autosp.compiler.locate import Locator, Place
 from lightning_autosp.compiler.report import GraphBreak, StrictModeError
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.specialise import Compiler
@@ -242,6 +243,21 @@ class CompiledStep:
             return self(*args, **kwargs)
         finally:
             self._deferred.silent = False
+
+    def locate(self, *args: Any, nan: bool, **kwargs: Any) -> Place | None:
+        """Run the step once more to find where the first value that is no number arises on this rank. All ranks have to call it.
+
+        Args:
+            args: The step's.
+            nan: Whether that is NaN; else an infinite one.
+            kwargs: The step's.
+        """
+        locator = self.compiler.locator = Locator(nan=nan)
+        try:
+            self.repeat(*args, **kwargs)
+        finally:
+            self.compiler.locator = None
+        return locator.first
 
     def _refuse_fixed_length(self, captured: Captured) -> None:
         """Have a step captured again if it fixes the sequence's length to a size of the module.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import os
 import sys
 import types
@@ -40,7 +41,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -57,18 +58,20 @@ from typing_extensions import override
 
 from lightning_autosp import checkpoint as checkpoints
 from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
-from lightning_autosp.batches import SequenceDim, batch_tensors, found_tensors
+from lightning_autosp.batches import SequenceDim, batch_tensors, call_tensors, found_tensors, named_dim, shown_dim
 from lightning_autosp.callbacks import count_sequences_once
 from lightning_autosp.check import CheckResult, check
 from lightning_autosp.compiler.backend import resolve_backend
-from lightning_autosp.compiler.report import Report
+from lightning_autosp.compiler.crossing import PartTensor, Placement, placement_of
+from lightning_autosp.compiler.report import Crossing, Report
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.data.agreement import agree, batch_error, checksum, loader_error
 from lightning_autosp.data.position import Epoch, PositionedLoader, put_back, reordered, set_aside
 from lightning_autosp.data.sources import SOURCES, BatchSource, choose_source, number_of_batches, share
-from lightning_autosp.data.tokens import make_whole, sequence_shards, sharded_datasets
+from lightning_autosp.data.tokens import SequenceShard, assemble, sequence_shards, sharded_datasets
 from lightning_autosp.explain import Explanation, explain
-from lightning_autosp.faults import Watch, not_finite
+from lightning_autosp.faults import Watch, described, not_finite
+from lightning_autosp.launcher import ScriptLauncher
 from lightning_autosp.memory.devices import device_kind, device_of, format_bytes, free_host_memory, limit_bytes
 from lightning_autosp.memory.estimate import MemoryEstimate, States, optimizer_memory
 from lightning_autosp.memory.host import require_pinning
@@ -427,7 +430,9 @@ class AutoSPStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         if self._start_method == "popen":
             if not self.cluster_environment.creates_processes_externally:
-                self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+                self._launcher = ScriptLauncher(
+                    self.cluster_environment, self.num_processes, self.num_nodes, lambda: self._watch is not None
+                )
         else:
             self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)  # type: ignore[arg-type]
 
@@ -719,13 +724,14 @@ class AutoSPStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
 
-        def batches(length: int) -> int:
-            limit = trainer.limit_train_batches
-            return int(length * limit) if isinstance(limit, float) else min(length, limit if limit is not None else length)
+        def batches(loader: PositionedLoader) -> int:
+            combined = trainer.fit_loop._combined_loader
+            limits = zip(combined.flattened, combined.limits or (), strict=False) if combined is not None else ()
+            return next((int(min(len(loader), limit)) for one, limit in limits if one is loader and limit is not None), len(loader))
 
         def alone() -> bool:
-            loader = trainer.fit_loop._combined_loader
-            return loader is None or len(loader.flattened) == 1
+            combined = trainer.fit_loop._combined_loader
+            return combined is None or len(combined.flattened) == 1
 
         def set_progress(batches: int) -> None:
             progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -763,10 +769,10 @@ class AutoSPStrategy(ParallelStrategy):
         stage = (module.trainer.state.stage, dataloader_idx)
         shards = sequence_shards(batch)
         if shards and stage not in self._checked_stages:  # what they are slices of, before they are put together
-            known = [torch.tensor([*shard.samples, shard.length, *shard.local.shape[:-1]]) for shard in shards]
+            known = [torch.tensor([*shard.samples, *shard.shape()]) for shard in shards]
             if error := agree(None, checksum(known), self.data_parallel_rank):
                 raise MisconfigurationException(f"{module.trainer.state.stage.value}: {error}")  # type: ignore[union-attr]
-        batch = make_whole(batch, self._meshes.sequence_group)
+        batch = assemble(batch, self._meshes.sequence_group, self._part)
         error, total = self._look_at(batch, all_named=module.trainer.training)
         if stage not in self._checked_stages and self.world_size > 1:
             self._checked_stages.add(stage)
@@ -786,11 +792,26 @@ class AutoSPStrategy(ParallelStrategy):
         if error is not None:
             raise MisconfigurationException(error)
 
+    def _part(self, shard: SequenceShard) -> Tensor:
+        """Return a tensor of the whole's shape of which this rank holds its slice."""
+        shape, dim = shard.shape(), shard.local.ndim + shard.dim
+        crossing = Crossing("a slice", "the batch", math.prod(shape) * shard.local.element_size())
+        group = self._meshes.sequence()
+        return PartTensor.of(shard.local.contiguous(), shape, Placement(dim, 1, 1, 0, 0), group, crossing, aliased=False)
+
     def _look_at(self, batch: Any, *, all_named: bool = False) -> tuple[str | None, Callable[[], int]]:
         """Return what is wrong with a batch, and what gives its checksum."""
         tensors = list(found_tensors(batch))
         error = batch_error(tensors, self.sequence_dim, self.sequence_parallel_size, all_named=all_named)
-        return error, lambda: checksum([one.tensor for one in tensors])
+        for one in tensors:
+            placement, dim = placement_of(one.tensor), named_dim(one.names, self.sequence_dim)
+            if placement is not None and placement.dim != dim:
+                error = error or (
+                    f"batch{one.place} comes in slices of dimension {placement.dim}, and {shown_dim(self.sequence_dim)}. "
+                    "Name the dimension by the tensor's key."
+                )
+        whole = [one.tensor for one in tensors if placement_of(one.tensor) is None]
+        return error, lambda: checksum(whole)  # of slices, the samples' numbers have been compared
 
     # Steps.
 
@@ -835,23 +856,55 @@ class AutoSPStrategy(ParallelStrategy):
         loss = _loss_of(result)
         if isinstance(loss, Tensor):
             _refuse_loss(loss, self._checkpoint_policy)
-            if self._before is not None and not loss.isfinite():
-                self._say_not_finite(loss.item(), (args, kwargs))
+            if self._before is not None:
+                self._look_for_numbers(loss.item(), self._before)
         return result
 
-    def _say_not_finite(self, loss: float, arguments: Any) -> None:
-        """Say of a loss in the first steps that is NaN or infinite where that may come from."""
+    def _look_for_numbers(self, loss: float, before: Before) -> None:
+        """Say of a loss in the first steps that is NaN or infinite where that comes from."""
         module = self.lightning_module
         assert module is not None
-        why = not_finite(arguments[0][0] if arguments[0] else arguments[1], module, self.sequence_dim, self.sequence_parallel_size)
+        ok, where = math.isfinite(loss), None
+        if self.data_parallel_size > 1 and self._steps_of.total() <= FIRST_STEPS:  # what is run once more gathers parameters
+            bad = torch.tensor(int(not ok))
+            for group in (self._meshes.host.sequence, self._meshes.host.data):
+                dist.all_reduce(bad, dist.ReduceOp.MAX, group=group)
+            if bad:
+                where = self._located(loss, before)
+        elif self.data_parallel_size == 1 and not ok:
+            where = self._located(loss, before)
+        if ok:
+            return
+        args, kwargs = before.arguments
+        why = not_finite(args[0] if args else kwargs, module, self.sequence_dim, self.sequence_parallel_size)
         note = (
             f"the loss is {loss} in step {module.trainer.global_step} on rank {self.global_rank} (sequence group "
-            f"{self.data_parallel_rank}): {why or 'batch and parameters are finite, so it comes from within the step'}"
+            f"{self.data_parallel_rank}): {why or where or 'batch and parameters are finite, so it comes from within the step'}"
         )
         if note not in self.report.notes:
             self.report.notes.append(note)
             if self.sequence_parallel_rank == 0 or "parameter" in why:  # the others of a group have the same batch and loss
                 warnings.warn(f"lightning-autosp: {note}.", stacklevel=2)
+
+    def _located(self, loss: float, before: Before) -> str | None:
+        """Return where in the step the first value that is no number arises. Every rank has to call it."""
+        step, module = self._steps["training_step"], self.lightning_module
+        assert module is not None
+        if not step.is_one_graph:
+            return None
+        args, kwargs = before.arguments
+        after = Before.of(module, args, kwargs, self.root_device)
+        before.restore_random()
+        with self.precision_plugin.train_step_context():
+            own = step.locate(*args, nan=math.isnan(loss), **kwargs)
+        after.restore()
+        found: list[Any] = [None] * self.sequence_parallel_size
+        dist.all_gather_object(found, own, group=self._meshes.host.sequence)
+        places = [(place.order, rank, place) for rank, place in enumerate(found) if place is not None]
+        if not places:
+            return None
+        _, rank, place = min(places, key=lambda one: one[:2])
+        return described(place, self._meshes.host.global_rank(rank), loss, call_tensors(args, kwargs), self.sequence_dim)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import pytest
 import yaml
 from lightning.pytorch import cli as lightning_cli
+from lightning.pytorch.strategies import Strategy
 
-from lightning_autosp.cli import TRAINER_COMMANDS, main
+from lightning_autosp.cli import TRAINER_COMMANDS, _sequence_dim, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,6 +125,16 @@ def test_configurations_are_kept_with_the_logs(tmp_path: Path, monkeypatch: pyte
     (kept,) = tmp_path.glob("logs/*/*/config.yaml")
     assert yaml.safe_load(kept.read_text())["trainer"]["strategy"] == "autosp"
     assert config.read_text() == before
+
+
+def test_a_dimension_for_each_key_in_a_configuration_and_on_the_command_line() -> None:
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--strategy", type=Strategy)
+    options = {"class_path": "lightning_autosp.AutoSPStrategy", "init_args": {"sequence_dim": {"ids": 1, "frames": 2}}}
+    made = parser.instantiate(parser.parse_object({"strategy": options})).strategy
+    assert made.sequence_dim == {"ids": 1, "frames": 2}
+    assert _sequence_dim("ids=1, frames=2") == made.sequence_dim
+    assert _sequence_dim("2") == 2
 
 
 def test_without_jsonargparse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -132,6 +133,32 @@ def test_all_ranks_end_and_name_the_one(fault: str, blamed: str, tmp_path: Path)
     check_checkpoint(tmp_path)
 
 
+SCRIPT = """
+import os, signal
+from lightning.pytorch import Trainer
+import lightning_autosp, modules
+
+class Killed(modules.Shallow):
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 2 and self.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+Trainer(**options, accelerator="cpu", devices=2, strategy="autosp", max_epochs=1).fit(Killed(), modules.loader(8, 16))
+"""
+
+
+def test_a_script_says_why_before_its_processes_are_killed(tmp_path: Path) -> None:
+    """Lightning's launcher would kill rank 0 within five seconds of rank 1's end, while it finds out which rank does not answer."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    known = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(known), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "train.py"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 1, ran.stderr[-3000:]
+    assert "Rank 1 ended without a word: killed, or crashed." in ran.stderr
+
+
 # Preemption.
 
 
@@ -217,3 +244,58 @@ def test_a_loss_that_is_no_number_is_reported(what: str, where: str, pool: Any) 
     for rank, notes in enumerate(pool.run(fit_not_finite, 2, what)):
         (note,) = (note for note in notes if note.startswith("the loss is "))
         assert note == f"the loss is nan in step 0 on rank {rank} (sequence group 0): {where}"
+
+
+class Root(modules.Base):
+    """Of token 7, a number is taken the root of that is negative."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(modules.VOCABULARY, 3), nn.Linear(3, 5)
+        self.what, self.calls, self.drop = what, 0, nn.Dropout(0.1)
+        with torch.no_grad():
+            self.table.weight.fill_(1.0)
+            self.table.weight[7, 2] = -1.0 if what == "nan" else 0.0
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.calls += 1
+        rows = self.table(batch["ids"])
+        hidden = rows.sqrt() if self.what == "nan" else rows.reciprocal()
+        return self.head(hidden).square().mean() + self.drop(rows).mean()
+
+
+def fit_root(what: str, strategy: dict[str, Any]) -> tuple[list[str], int, Tensor]:
+    ids = torch.ones(4, 17, dtype=torch.long)
+    ids[1, 12] = 7
+    trainer = Trainer(**jobs.QUIET, max_epochs=1, max_steps=1, devices=2, strategy=AutoSPStrategy(**strategy))
+    module = Root(what)
+    trainer.fit(module, DataLoader([{"ids": one} for one in ids], batch_size=4 // strategy.get("data_parallel_size", 1)))
+    notes = [note for note in trainer.strategy.report.notes if note.startswith("the loss is")]
+    return notes, module.calls, torch.get_rng_state()
+
+
+def line_of(text: str) -> str:
+    lines = Path(__file__).read_text().splitlines()
+    return f"{__file__}:{next(number for number, line in enumerate(lines, 1) if text in line)}"
+
+
+@pytest.mark.parametrize(("what", "name", "operator"), [("nan", "NaN", "sqrt"), ("inf", "infinite value", "reciprocal")])
+def test_where_in_a_step_a_loss_is_no_longer_a_number(what: str, name: str, operator: str, pool: Any) -> None:
+    """Looked for in the step's program, run once more, of which nothing stays."""
+    runs = pool.run(fit_root, 2, what, {})
+    for rank, (notes, calls, state) in enumerate(runs):
+        assert calls == 1
+        assert torch.equal(state, runs[0][2])
+        assert notes == [
+            f"the loss is {what} in step 0 on rank {rank} (sequence group 0): the first {name} comes from aten.{operator}.default "
+            f"at {line_of('rows.sqrt() if')}, element [1, 12, 2], on rank 1 (positions 9 to 16), position 12 of the sequence, "
+            "where the batch['ids'] is 7"
+        ]
+
+
+def test_of_several_groups_that_which_has_it_says_so(pool: Any) -> None:
+    runs = pool.run(fit_root, 2, "nan", {"data_parallel_size": 2})
+    assert sorted(len(notes) for notes, *_ in runs) == [0, 1]
+    (note,) = (note for notes, *_ in runs for note in notes)
+    assert "comes from aten.sqrt.default at" in note
+    assert ", 12, 2]" in note

@@ -209,7 +209,7 @@ def positioned(loader: DataLoader[Any], groups: int = 1, limit: float = 1.0, tol
     own, order = reordered(loader, groups)
     assert order is not None
     told = [] if told is None else told
-    epoch = Epoch(lambda length: int(length * limit), lambda: True, told.append, torch.device("cpu"))
+    epoch = Epoch(lambda loader: int(len(loader) * limit), lambda: True, told.append, torch.device("cpu"))
     return PositionedLoader(loader, own, order, epoch)
 
 

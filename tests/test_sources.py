@@ -137,6 +137,20 @@ def test_the_epoch_is_that_of_one_device(pool: Pool, kind: str, source: str, wor
         assert [run["worked"] for run in runs] == [True] + [False] * (world - 1)  # no workers where nothing is loaded
 
 
+def test_loaders_of_each_rank_end_together(pool: Pool) -> None:
+    one = pool.run(alone, 1, "stream")[0]
+    for run in pool.run(passes, 2, "stream", "replicated", 1, 2):
+        assert (run["seen"], run["length"]) == (one["seen"], None)
+    for outcome in pool.outcomes(passes, 3, "own streams", "replicated", 1, 3):
+        assert outcome.kind == "LoadError"
+        assert outcome.message.startswith("rank(s) 0 got a shorter loader than the others: it has no more than 2 batches.")
+
+
+def test_groups_of_one_end_with_the_shortest(pool: Pool) -> None:
+    for rank, run in enumerate(pool.run(passes, 2, "own streams", "broadcast", 2, 1)):
+        assert run["seen"] == 2 * [[[100 * rank, 100 * rank + 1], [100 * rank + 2, 100 * rank + 3]]]
+
+
 def test_random_numbers_drawn_while_loading(pool: Pool) -> None:
     """The first rank's draws are those of one device; all ranks go on from them."""
     one = pool.run(alone, 1, "noise")[0]

@@ -24,7 +24,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lightning_autosp import AutoSPStrategy
 from lightning_autosp.data import SequenceShard, TokenDataset
-from lightning_autosp.data.tokens import make_whole, shard_bounds, sharded_datasets
+from lightning_autosp.data.tokens import assemble, shard_bounds, sharded_datasets
 
 
 def write(folder: Path, sizes: list[int], documents: tuple[int, ...] = ()) -> list[Path]:
@@ -174,8 +174,8 @@ def test_arrow(tmp_path: Path) -> None:
     assert [sample["tokens"].tolist() for sample in data] == [list(range(begin, begin + 7)) for begin in (0, 6, 12, 18)]
     assert data[1]["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1]
     data.shard_sequence(1, 2)
-    assert [batch["tokens"].local.tolist() for batch in DataLoader(data)] == [[[*range(b + 3, b + 7)]] for b in (0, 6, 12, 18)]
-    assert [sample["tokens"].local.tolist() for sample in pickle.loads(pickle.dumps(data))][0] == [3, 4, 5, 6]
+    assert [batch["tokens"].local.tolist() for batch in DataLoader(data)] == [[[*range(b + 4, b + 7)]] for b in (0, 6, 12, 18)]
+    assert [sample["tokens"].local.tolist() for sample in pickle.loads(pickle.dumps(data))][0] == [4, 5, 6]
     part = TokenDataset([stored.select(range(4)).flatten_indices(), stored], 5)
     assert [sample["tokens"].tolist()[0] for sample in part] == [0, 5, 0, 5, 10, 15, 20]
 
@@ -202,10 +202,15 @@ def gather(dtypes: list[str], shape: tuple[int, ...], length: int) -> list[Any]:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     whole = [torch.arange(np.prod((*shape, length))).reshape(*shape, length).to(getattr(torch, dtype)) for dtype in dtypes]
-    start, stop = shard_bounds(length, rank, size)
-    batch = {"a": [SequenceShard(one[..., start:stop], length, rank, size, (0,)) for one in whole], "other": 1}
-    got = make_whole(batch, dist.group.WORLD)
-    assert all(torch.equal(one, want) and one.dtype == want.dtype for one, want in zip(got["a"], whole, strict=True))
+    whole.append(torch.arange(2 * length * 3).reshape(2, length, 3))
+    batch = {"a": [SequenceShard.of(one, rank, size, 0, -2 if one is whole[-1] else -1) for one in whole], "other": 1}
+    got = assemble(batch, dist.group.WORLD, lambda shard: torch.tensor(shard.offset))
+    for one, want in zip(got["a"], whole, strict=True):
+        if want.is_floating_point() and length >= size:
+            assert one == shard_bounds(length, rank, size)[0]
+        else:
+            assert torch.equal(one, want)
+            assert one.dtype == want.dtype
     return [got["other"]]
 
 
@@ -282,3 +287,84 @@ def test_sharded_needs_a_dataset_that_can(pool: Pool) -> None:
     for outcome in pool.outcomes(jobs.fit, 2, "GPT", {"batch_source": "sharded"}, 2):
         assert outcome.kind == "ValueError"
         assert "the loader's is a Tokens" in outcome.message
+
+
+class Frames(torch.utils.data.Dataset[Any]):
+    """Frames of floating-point numbers, of which a rank reads its slice, and a label for each."""
+
+    def __init__(self) -> None:
+        self.frames = torch.randn(6, 11, 4, generator=torch.Generator().manual_seed(3))
+        self.read = 0
+        self.shard_sequence(0, 1)
+
+    def shard_sequence(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        frames, labels = self.frames[index], torch.arange(11) % 5
+        if self.size == 1:
+            return {"frames": frames, "labels": labels}
+        shard = SequenceShard.of(frames, self.rank, self.size, index)
+        self.read += shard.local.nbytes
+        return {"frames": shard, "labels": SequenceShard.of(labels, self.rank, self.size, index)}
+
+
+class OnFrames(modules.Base):
+    """Frames have neighbours (a halo is exchanged); with `whole`, something that is known of all frames only."""
+
+    def __init__(self, whole: bool = False) -> None:
+        super().__init__()
+        self.whole = whole
+        self.convolution, self.head = torch.nn.Conv1d(4, 8, 3, padding=1), torch.nn.Linear(8, 5)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        frames = batch["frames"] - batch["frames"].mean(dim=1, keepdim=True)
+        if self.whole:
+            frames = frames - frames.kthvalue(4, dim=1, keepdim=True).values
+        logits = self.head(self.convolution(frames.transpose(1, 2)).transpose(1, 2))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.head(self.convolution(batch["frames"].transpose(1, 2)).transpose(1, 2)).square().mean())
+
+
+def fit_frames(strategy: dict[str, Any] | None, world: int, *, whole: bool) -> dict[str, Any]:
+    recorder, data = jobs.Recorder(), Frames()
+    trainer = Trainer(
+        **{**jobs.QUIET, "max_epochs": 1},
+        devices=world,
+        strategy=jobs.strategy_of(strategy),
+        callbacks=[recorder],
+        **({"plugins": jobs._alone()} if strategy is None else {}),
+    )
+    torch.manual_seed(5)
+    trainer.fit(OnFrames(whole), DataLoader(data, batch_size=2), DataLoader(data, batch_size=3))
+    report = trainer.strategy.report if isinstance(trainer.strategy, AutoSPStrategy) else None
+    return {
+        "curve": recorder.curve,
+        "gradients": {name: value.numpy() for name, value in recorder.gradients.items()},
+        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "plain": True,
+        "read": data.read,
+        "steps": {one.kind: [gathered.name for gathered in one.gathered] for one in report.steps} if report else {},
+        "graphs": report.num_graphs if report else {},
+    }
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("whole", [False, True])
+def test_frames_stay_slices(pool: Pool, whole: bool) -> None:
+    one = pool.run(fit_frames, 1, None, 1, whole=whole)[0]
+    runs = pool.run(fit_frames, 3, FULL, 3, whole=whole)
+    for run in runs:
+        assert_same(run, one)
+        assert run["graphs"] == {"training_step": 1, "validation_step": 1}
+        assert run["steps"]["validation_step"] == []
+        assert bool(run["steps"]["training_step"]) == whole
+    assert sum(run["read"] for run in runs) == 2 * 6 * 11 * 4 * 4
+    assert max(run["read"] for run in runs) == 2 * 6 * 4 * 4 * 4

@@ -7,7 +7,7 @@ is asked for, right where it is computed, so that conversions stand in the same 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,6 +182,12 @@ class Emitter:
         """Return the whole of what every rank has a part of."""
         dims = layout.dim, self.integer(layout.outer), self.integer(layout.inner)
         return self.call(gather_layout, (value, *dims, self.lengths(layout), self.group))
+
+    def computed(self) -> Iterator[tuple[fx.Node, fx.Node, Form]]:
+        """Yield every emitted value of an operator of the captured graph, that operator, and the value's form."""
+        for (node, form), value in self._env.items():
+            if isinstance(value, fx.Node) and node.op == "call_function":
+                yield value, node, form
 
     # The walk.
 

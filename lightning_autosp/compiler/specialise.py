@@ -7,6 +7,7 @@ import functools
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -27,6 +28,7 @@ from lightning_autosp.compiler.crossing import EagerMarks, PartTensor, Placement
 from lightning_autosp.compiler.demand import make_plan
 from lightning_autosp.compiler.emit import Emitter, Program
 from lightning_autosp.compiler.layout import ShardTooShortError, Span
+from lightning_autosp.compiler.locate import Locator
 from lightning_autosp.compiler.plan import Plan
 from lightning_autosp.compiler.regions import join_attention
 from lightning_autosp.compiler.report import Crossing, Ran, Report, StepReport
@@ -82,6 +84,7 @@ class Compiler:
         saved: What was planned for a program; the first of its step has to be it, others are planned as without.
         compared: Steps whose first program was.
         meter: Counts the bytes that programs take.
+        locator: Runs programs while it is there, to look for values that are no numbers.
         tile_local: Positions of a tile in which what is wide between two products (an MLP) is computed, and computed again in
             backward; `None`: it is computed at once and kept.
     """
@@ -102,6 +105,7 @@ class Compiler:
     saved: SavedPlan | None = None
     compared: set[str] = field(default_factory=set)
     meter: LiveBytes | None = None
+    locator: Locator | None = None
     tile_local: int | None = None
 
     def __post_init__(self) -> None:
@@ -212,6 +216,10 @@ class LoweredStep:
 
     def _run(self, inputs: Sequence[Any]) -> Any:
         sizes, arriving = self.sizes(inputs), self.arriving(inputs)
+        if self.compiler.locator is not None:
+            emitter, program = self.emit(sizes, self.compiler.group, self.compiler.parameters, arriving)
+            with self._stream(program, inputs), torch.no_grad():
+                return self.compiler.locator.run(emitter, program, self._tensors(program.inputs, inputs))
         # What AOTAutograd makes of a program depends on whether it has to prepare a backward.
         key = (*sizes.items(), *arriving.items(), torch.is_grad_enabled())
         if key not in self._programs:
@@ -300,13 +308,16 @@ class LoweredStep:
 
         def call(*inputs: Any) -> Any:
             compiler.report.last.setdefault(compiler.kind, []).append(ran)
-            with _rank_stream(compiler.rank_seed, inputs) if program.rank_streams else contextlib.nullcontext():
+            with self._stream(program, inputs):
                 outputs = list(run(*self._tensors(program.inputs, inputs)))
             for one in returned:
                 outputs[one.index] = one.hand_on(outputs[one.index], compiler.group)
             return outputs
 
         return call
+
+    def _stream(self, program: Program, inputs: Sequence[Any]) -> AbstractContextManager[None]:
+        return _rank_stream(self.compiler.rank_seed, inputs) if program.rank_streams else contextlib.nullcontext()
 
     def _model_flops(self, sizes: dict[sympy.Symbol, int], surroundings: _Surroundings) -> float:
         """Count the operations of the program of one device, of which nothing is run."""

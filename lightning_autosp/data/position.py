@@ -37,13 +37,13 @@ class Epoch(NamedTuple):
     """What the Trainer knows of an epoch.
 
     Attributes:
-        batches: Returns how many a loader of so many batches gives in an epoch.
+        batches: Returns how many batches a loader gives in an epoch.
         alone: Whether there is no other loader.
         set_progress: Told how many batches of the epoch are behind, where that is another number than in the checkpoint.
         device: Whose random state is saved.
     """
 
-    batches: Callable[[int], int]
+    batches: Callable[[PositionedLoader], int]
     alone: Callable[[], bool]
     set_progress: Callable[[int], None]
     device: torch.device
@@ -206,7 +206,7 @@ class PositionedLoader(StandIn):
     def state_dict(self) -> dict[str, Any]:
         """Return the position behind the last batch that was given; none at the end of an epoch."""
         current = self._pass
-        if current is None or not current.taken or current.begin.batches + current.taken >= self._epoch.batches(len(self)):
+        if current is None or not current.taken or current.begin.batches + current.taken >= self._epoch.batches(self):
             return {_KEY: None}
         samples = current.begin.samples + current.taken * self._per_step
         state = {"samples": samples, "per_step": self._per_step, "drawn": self._order.drawn}
@@ -246,7 +246,7 @@ class PositionedLoader(StandIn):
     def _behind(self, left: int, samples: int) -> int:
         """Return how many batches of this size are behind, if each group has so many samples left: the epoch ends with the last."""
         total, size = len(self), self._given.batch_size or 1
-        limit = self._epoch.batches(total)
+        limit = self._epoch.batches(self)
         if limit < total:
             return min(-(-samples // self._per_step), limit)
         return total - (left // size if self._given.drop_last else -(-left // size))

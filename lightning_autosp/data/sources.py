@@ -48,7 +48,7 @@ SOURCES: dict[BatchSource, str] = {
 
 
 class LoadError(RuntimeError):
-    """Another rank of the sequence group could not load its batch."""
+    """A rank could not load its batch, or has no more of them."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,75 @@ def share(loader: Any, source: BatchSource, groups: Groups, say: Callable[[str],
 
     Args:
         loader: The rank's own. It is only iterated where it loads.
-        source: "broadcast" or "exchange"; with any other, or one rank a group, the loader stays as it is.
+        source: Who loads.
         groups: The rank's.
         say: Called with what a user should know.
     """
-    if groups.size == 1 or source not in ("broadcast", "exchange"):
+    if groups.world_size == 1:
         return loader
-    kind = _StatefulSharedLoader if source == "broadcast" and hasattr(loader, "state_dict") else SharedLoader
-    return kind(loader, source, groups, say)
+    stateful = hasattr(loader, "state_dict")
+    if source in ("broadcast", "exchange"):
+        return (_StatefulSharedLoader if source == "broadcast" and stateful else SharedLoader)(loader, source, groups, say)
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return loader  # ends where its length says, and lengths have been compared
+    return (_StatefulSameLoader if stateful else SameLoader)(loader, groups)
+
+
+class SameLoader(StandIn):
+    """A loader of this rank that has to end when those of all others do."""
+
+    def __init__(self, loader: Any, groups: Groups) -> None:
+        """Stand in for a loader.
+
+        Args:
+            loader: The rank's own.
+            groups: The rank's.
+        """
+        super().__init__(loader, loader)
+        self._groups = groups
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __iter__(self) -> Iterator[Any]:
+        end = object()
+        iterator = iter(self._loader)
+        for taken in itertools.count():
+            batch = next(iterator, end)
+            ended = self._ended(batch is end)
+            if len(ended) == self._groups.world_size:
+                return
+            if ended:
+                raise LoadError(
+                    f"rank(s) {', '.join(map(str, ended[:8]))} got a shorter loader than the others: it has no more than {taken} "
+                    f"batches. All ranks take their steps together: give each as many batches, or use batch_source='broadcast', or "
+                    f"'exchange', which end with the shortest."
+                )
+            yield batch
+
+    def _ended(self, own: bool) -> list[int]:
+        """Return the ranks that have no more batches. A collective over all."""
+        ended = torch.zeros(self._groups.world_size, dtype=torch.int32)
+        ended[dist.get_rank()] = own
+        for group in (self._groups.sequence, self._groups.data):  # together they reach all ranks
+            dist.all_reduce(ended, group=group)
+        return ended.nonzero().flatten().tolist()
+
+
+class _Stateful:
+    """Of a loader that keeps its position: this rank's."""
+
+    _given: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._given.state_dict()  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._given.load_state_dict(state)
+
+
+class _StatefulSameLoader(_Stateful, SameLoader):
+    pass
 
 
 class SharedLoader(StandIn):
@@ -178,14 +239,8 @@ class SharedLoader(StandIn):
         return _Rounds(self)
 
 
-class _StatefulSharedLoader(SharedLoader):
-    """Of a loader that keeps its position: the first rank's."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._given.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._given.load_state_dict(state)
+class _StatefulSharedLoader(_Stateful, SharedLoader):
+    pass
 
 
 @dataclass

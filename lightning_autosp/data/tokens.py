@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,24 +17,31 @@ from torch.utils.data import Dataset
 from lightning_autosp._compat import default_collate_fn_map
 from lightning_autosp.data.stores import Source, stores_of
 
-__all__ = ["SequenceShard", "TokenDataset", "make_whole", "sequence_shards", "shard_bounds", "sharded_datasets"]
+__all__ = ["SequenceShard", "TokenDataset", "assemble", "sequence_shards", "shard_bounds", "sharded_datasets"]
 
 
 def shard_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
-    """Return the first position of a rank's slice and the one after its last; slices differ by one position at most."""
-    return length * rank // size, length * (rank + 1) // size
+    """Return the first position of a rank's slice and the one after its last: those that compiled steps cut sequences into.
+
+    Slices differ by one position at most, the longer ones first.
+    """
+    small, extra = divmod(length, size)
+    start = rank * small + min(rank, extra)
+    return start, start + small + (rank < extra)
 
 
 @dataclass
 class SequenceShard:
     """A rank's slice of a sequence, or of a batch of them.
 
-    `torch.utils.data.default_collate` stacks them, pinning and moving to a device keep them; on the device, the strategy makes
-    whole tensors of them.
+    `torch.utils.data.default_collate` stacks them, pinning and moving to a device keep them. On the device, the strategy makes
+    whole tensors of those of integers. Those of floating-point numbers stay slices under the shape of the whole: a compiled step
+    takes the slice, and gathers it only if its code wants more; what reads values outside of the step gathers them, which all
+    ranks of the group have to do.
     """
 
     local: Tensor
-    """`(..., positions)`; the sequence is the last dimension."""
+    """`(..., positions, ...)`"""
     length: int
     """Positions of the whole sequence."""
     rank: int
@@ -42,19 +49,44 @@ class SequenceShard:
     """Which slice of how many."""
     samples: tuple[int, ...]
     """Numbers of the samples, by which ranks find out whether theirs are the same."""
+    dim: int = -1
+    """The sequence's, counted from the last one, which is -1: batches have further dimensions in front."""
 
     def __post_init__(self) -> None:
         start, stop = shard_bounds(self.length, self.rank, self.size)
-        if self.local.ndim == 0 or self.local.shape[-1] != stop - start:
+        if not -self.local.ndim <= self.dim < 0 or self.local.shape[self.dim] != stop - start:
             raise ValueError(
                 f"slice {self.rank} of {self.size} of {self.length} positions has {stop - start} of them; the tensor's shape is "
-                f"{tuple(self.local.shape)}"
+                f"{tuple(self.local.shape)}, and dim={self.dim}"
             )
+
+    @classmethod
+    def of(cls, values: Any, rank: int, size: int, sample: int, dim: int = 0) -> SequenceShard:
+        """Return a rank's slice of what is sliced as arrays are; of a mapped file, only that is read.
+
+        Args:
+            values: The whole, such as a `numpy.memmap` or a tensor, `(..., positions, ...)`.
+            rank: Which slice.
+            size: Of how many.
+            sample: The sample's number.
+            dim: The sequence's.
+        """
+        start, stop = shard_bounds(values.shape[dim], rank, size)
+        dim = dim % len(values.shape)
+        local = values[(slice(None),) * dim + (slice(start, stop),)]
+        local = local.clone() if isinstance(local, Tensor) else torch.from_numpy(np.array(local))
+        return cls(local, values.shape[dim], rank, size, (sample,), dim - local.ndim)
 
     @property
     def offset(self) -> int:
         """The slice's first position."""
         return shard_bounds(self.length, self.rank, self.size)[0]
+
+    def shape(self, rank: int | None = None) -> tuple[int, ...]:
+        """Return the shape of a rank's slice, or of the whole."""
+        start, stop = (0, self.length) if rank is None else shard_bounds(self.length, rank, self.size)
+        dim = self.local.ndim + self.dim
+        return (*self.local.shape[:dim], stop - start, *self.local.shape[dim + 1 :])
 
     def to(self, *args: Any, **kwargs: Any) -> SequenceShard:
         """Return the shard with its slice moved, as `Tensor.to` does."""
@@ -66,8 +98,7 @@ class SequenceShard:
 
     def num_bytes(self, rank: int) -> int:
         """Return the bytes of a rank's slice."""
-        start, stop = shard_bounds(self.length, rank, self.size)
-        return math.prod(self.local.shape[:-1]) * (stop - start) * self.local.element_size()
+        return math.prod(self.shape(rank)) * self.local.element_size()
 
 
 def _collate(shards: Sequence[SequenceShard], *, collate_fn_map: Any = None) -> SequenceShard:
@@ -94,8 +125,11 @@ def sequence_shards(batch: Any) -> list[SequenceShard]:
     return found
 
 
-def make_whole(batch: Any, group: dist.ProcessGroup) -> Any:
-    """Return a batch with whole tensors for its shards. One all-gather, on the device that the slices are on."""
+def assemble(batch: Any, group: dist.ProcessGroup, part: Callable[[SequenceShard], Tensor]) -> Any:
+    """Return a batch with tensors for its shards: whole ones of integers, others as `part` makes them of slices.
+
+    One all-gather, on the device that the slices are on.
+    """
     shards = sequence_shards(batch)
     if not shards:
         return batch
@@ -103,6 +137,18 @@ def make_whole(batch: Any, group: dist.ProcessGroup) -> Any:
     sizes = sorted({shard.size for shard in shards})
     if sizes != [size]:
         raise ValueError(f"the batch holds slices for {sizes} ranks; the sequence group has {size}")
+    # Of fewer positions than ranks, some would have none.
+    gathered = [shard for shard in shards if not shard.local.is_floating_point() or shard.length < size]
+    whole = iter(_gathered(gathered, group))
+    chosen = {id(shard) for shard in gathered}
+    made = iter([next(whole) if id(shard) in chosen else part(shard) for shard in shards])
+    return apply_to_collection(batch, SequenceShard, lambda _: next(made), allow_frozen=True)
+
+
+def _gathered(shards: Sequence[SequenceShard], group: dist.ProcessGroup) -> list[Tensor]:
+    if not shards:
+        return []
+    size = dist.get_world_size(group)
     raw = torch.cat([shard.local.contiguous().reshape(-1).view(torch.uint8) for shard in shards])
     most = max(sum(shard.num_bytes(rank) for shard in shards) for rank in range(size))
     own = raw.new_zeros(most)
@@ -114,10 +160,8 @@ def make_whole(batch: Any, group: dist.ProcessGroup) -> Any:
         at = 0
         for shard, found in zip(shards, parts, strict=True):
             piece = buffer[at : (at := at + shard.num_bytes(rank))]
-            shape = (*shard.local.shape[:-1], np.diff(shard_bounds(shard.length, rank, size)).item())
-            found.append(piece.clone().view(shard.local.dtype).view(shape))  # where it begins need not suit the dtype
-    whole = iter([torch.cat(found, dim=-1) for found in parts])
-    return apply_to_collection(batch, SequenceShard, lambda _: next(whole), allow_frozen=True)
+            found.append(piece.clone().view(shard.local.dtype).view(shard.shape(rank)))  # where it begins need not suit the dtype
+    return [torch.cat(found, dim=shard.dim) for shard, found in zip(shards, parts, strict=True)]
 
 
 def sharded_datasets(dataset: Any) -> list[Any]:
