@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_autosp.attention import tiles
+from lightning_autosp.attention.select import AttentionMethod
 from lightning_autosp.attention.ulysses import ulysses_attention, wire_elements
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.layout import base_cuts
@@ -130,13 +131,14 @@ def test_scale() -> None:
     assert_exact(net, inputs(), net)
 
 
-def test_dropout_differs_from_head_to_head_and_keeps_its_mean() -> None:
+@pytest.mark.parametrize("method", ["ulysses", "gather_kv", "ring"])
+def test_dropout_differs_from_head_to_head_and_keeps_its_mean(method: AttentionMethod) -> None:
     class Ones(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             q = x.view(1, -1, 4, 2).transpose(1, 2)
             return F.scaled_dot_product_attention(q, q, torch.ones_like(q), dropout_p=0.25)
 
-    out = lower(Ones(), (torch.randn(1, 256, 8),), Ones(), backward=False).outputs[0][0]
+    out = lower(Ones(), (torch.randn(1, 256, 8),), Ones(), backward=False, attention=method).outputs[0][0]
     assert abs(out.mean().item() - 1) < 0.02
     assert not torch.equal(out[:, 0], out[:, 2])
 

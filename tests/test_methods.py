@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_autosp import collectives
-from lightning_autosp.attention import gather_kv, ring, tiles
+from lightning_autosp.attention import blocks, gather_kv, ring, tiles
 from lightning_autosp.attention.gather_kv import gather_kv_attention
 from lightning_autosp.attention.hybrid import hybrid_attention
 from lightning_autosp.attention.ring import ring_attention
@@ -35,6 +34,7 @@ def masked(name: str, length: int) -> Tensor | None:
     return {
         "window": (column <= row) & (row - column < 4),
         "documents": (column <= row) & (documents[:, None] == documents[None]),
+        "padding": ((column > 3) & (column <= row)).expand(2, 1, length, length),  # the first rows attend to nothing
         "bias": -0.3 * (row - column).abs().double(),
     }.get(name)
 
@@ -88,35 +88,45 @@ def gathering(mask: Tensor | None, is_causal: bool) -> Attend:
 
 
 def around(mask: Tensor | None, is_causal: bool) -> Attend:
-    return lambda q, k, v, *rest: ring_attention(q, k, v, is_causal, None, *rest)
+    return lambda q, k, v, *rest: ring_attention(q, k, v, mask, 0.0, is_causal, None, *rest)
+
+
+def in_zigzag(mask: Tensor | None, is_causal: bool) -> Attend:
+    return lambda q, k, v, *rest: ring_attention(q, k, v, mask, 0.0, is_causal, None, *rest, in_zigzag=True)
 
 
 def both(inside: int, outside: Any) -> Callable[[Tensor | None, bool], Attend]:
-    return lambda mask, is_causal: lambda q, k, v, *rest: hybrid_attention(q, k, v, is_causal, None, inside, outside, *rest)
+    return lambda mask, is_causal: (
+        lambda q, k, v, *rest: hybrid_attention(q, k, v, mask, 0.0, is_causal, None, *rest, inside, outside)
+    )
 
 
-METHODS: dict[str, tuple[Callable[[Tensor | None, bool], Attend], bool, tuple[int, ...]]] = {
-    "ulysses": (ulysses, True, (2, 3, 4)),
-    "gather_kv": (gathering, True, (2, 3, 4)),
-    "ring": (around, False, (2, 3, 4)),
-    "hybrid with a ring": (both(2, "ring"), False, (4, 6)),
-    "hybrid that gathers": (both(2, "gather_kv"), False, (4, 6)),
-    "hybrid of three": (both(3, "ring"), False, (6,)),
+METHODS: dict[str, tuple[Callable[[Tensor | None, bool], Attend], tuple[int, ...]]] = {
+    "ulysses": (ulysses, (2, 3, 4)),
+    "gather_kv": (gathering, (2, 3, 4)),
+    "ring": (around, (2, 3, 4)),
+    "ring in zigzag order": (in_zigzag, (2, 3, 4)),
+    "hybrid with a ring": (both(2, "ring"), (4, 6)),
+    "hybrid that gathers": (both(2, "gather_kv"), (4, 6)),
+    "hybrid of three": (both(3, "ring"), (6,)),
 }
-"""Of each whether it takes masks, and the numbers of ranks."""
+"""Of each the numbers of ranks."""
 
 
 CASES = [
     (name, ranks, mask)
-    for name, (_, takes_masks, sizes) in METHODS.items()
+    for name, (_, sizes) in METHODS.items()
     for ranks in sizes
-    for mask in ("causal", "full", *(("window", "documents", "bias") if takes_masks else ()))
+    for mask in ("causal", "full", "window", "documents", "padding", "bias")
+    if (name in ("ulysses", "gather_kv") or mask != "bias") and (name != "ring in zigzag order" or masked(mask, 2) is not None)
 ]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (6, 2), (7, 1), (2, 1)])
 @pytest.mark.parametrize(("method", "ranks", "mask"), CASES)
-def test_same_as_one_device(method: str, ranks: int, mask: str, heads: int, kv_heads: int) -> None:
+def test_same_as_one_device(method: str, ranks: int, mask: str, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ranks == 4:
+        monkeypatch.setattr(tiles, "TILE_ELEMENTS", 30)  # blocks of few rows
     make, given, is_causal = METHODS[method][0], masked(mask, 13), mask == "causal"
     tensors = inputs(heads, kv_heads, 13)
     want = one_device(tensors, given, is_causal)
@@ -124,7 +134,7 @@ def test_same_as_one_device(method: str, ranks: int, mask: str, heads: int, kv_h
         assert_close(got, expected, 1e-10, name)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "hybrid of three"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("hybrid of three", "ring in zigzag order")])
 def test_other_keys_than_queries(method: str) -> None:
     tensors = inputs(6, 2, 13, 9)
     want = one_device(tensors, None, False)
@@ -170,6 +180,97 @@ def test_causal_attention_to_other_positions_is_refused() -> None:
             on_ranks(tensors, 2, attend)
 
 
+def test_what_blocks_cannot_be_given_is_refused() -> None:
+    tensors = inputs(2, 2, 8)
+    for attend, said in [
+        (around(masked("bias", 8), False), "a mask of torch.float64"),
+        (around(masked("window", 8), True), "causal attention with a mask"),
+        (gathering(masked("window", 8), True), "causal attention with a mask"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            on_ranks(tensors, 2, attend)
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "kernels", "sent"),
+    [
+        # Natural order: each rank needs its own keys and a few of the one before.
+        ("window", around, [1, 2, 2, 2], [1, 1, 1, 0]),
+        # Zigzag order: 0 and 7, 1 and 6, 2 and 5, 3 and 4; all but the ends need both their neighbours, and owners send.
+        ("window", in_zigzag, [4, 5, 6, 6], [2, 3, 3, 2]),
+        ("both ways", around, [2, 3, 3, 2], [1, 2, 2, 1]),
+        # The second of three documents begins on the second rank and ends on the third.
+        ("documents", around, [1, 2, 2, 2], [1, 1, 1, 0]),
+        ("own part", around, [1, 1, 1, 1], [0, 0, 0, 0]),
+    ],
+)
+def test_what_nobody_attends_to_is_neither_sent_nor_computed(
+    name: str, order: Any, kernels: list[int], sent: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, blocks, collectives_begun = [0] * 4, [0] * 4, [0]
+    row, column = torch.arange(16)[:, None], torch.arange(16)[None]
+    more = {"both ways": (row - column).abs() < 3, "own part": row // 4 == column // 4}
+    mask = more[name] if name in more else masked(name, 16)
+    original, exchange = ring.attend, ring.start_all_to_all
+    ranks_of: dict[int, int] = {}
+
+    def counting(*given: Any) -> Any:
+        calls[ranks_of[threading.get_ident()]] += 1
+        return original(*given)
+
+    def passing(x: Tensor, received: Any, splits: Any, group: Group) -> Tensor:
+        blocks[group.rank] += any(splits)
+        collectives_begun[0] += 1
+        return exchange(x, received, splits, group)
+
+    monkeypatch.setattr(ring, "attend", counting)
+    monkeypatch.setattr(ring, "start_all_to_all", passing)
+    tensors = [x.split((4,) * 4, dim=2) for x in inputs(1, 1, 16)[:3]]
+
+    def forward(rank: int) -> Tensor:
+        ranks_of[threading.get_ident()] = rank
+        return order(mask, False)(*(x[rank] for x in tensors), (4,) * 4, (4,) * 4, Group("", 4, rank))
+
+    run_ranks(4, forward)
+    assert (calls, blocks) == (kernels, sent)
+    assert collectives_begun[0] % 4 == 0  # all ranks take part in the same hops
+    assert any(sent) == bool(collectives_begun[0])
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("method", ["ring", "gather_kv", "hybrid"])
+def test_dropped_weights_are_the_same_in_backward(method: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the identity for values the result is the weights, so what was dropped is seen, and one device can drop the same."""
+    monkeypatch.setattr(blocks, "MATH_ELEMENTS", 200)  # some rows at a time
+    ranks, length, probability = 4, 26, 0.25
+    query, key = torch.randn(2, 2, 4, length, 3, dtype=torch.float64).unbind()
+    value = torch.eye(length, dtype=torch.float64).expand(2, 4, length, length).contiguous()
+    tensors = [query, key[:, :2], value[:, :2], torch.randn(2, 4, length, length, dtype=torch.float64)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        if method == "hybrid":
+            return hybrid_attention(q, k, v, None, probability, is_causal, None, *rest, 2, "ring")
+        call = ring_attention if method == "ring" else gather_kv_attention
+        return call(q, k, v, None, probability, is_causal, None, *rest)
+
+    got = on_ranks(tensors, ranks, attend)
+    kept = got[0] != 0
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() if is_causal else torch.ones(length, length, dtype=torch.bool)
+    rate = kept[..., allowed].double().mean()
+    assert abs(rate - 0.75) < 4 * (0.75 * 0.25 / kept[..., allowed].numel()) ** 0.5
+    draws = kept[..., allowed].flatten(0, 1)
+    assert (draws[0] != draws[1]).any()  # heads and samples draw their own
+    assert (draws[0] != draws[4]).any()
+    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+    q, k, v = leaves[0], *(x.repeat_interleave(2, 1) for x in leaves[1:])
+    weights = (q @ k.transpose(-2, -1) * 3**-0.5).masked_fill(~allowed, float("-inf")).softmax(-1)
+    out = (weights * kept / (1 - probability)) @ v
+    out.backward(tensors[3])
+    for found, want, name in zip(got, [out, *(x.grad for x in leaves)], ("out", "dq", "dk", "dv"), strict=True):
+        assert want is not None
+        assert_close(found, want.detach(), 1e-10, name)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("length", [5, 11, 20])
 def test_zigzag_order_and_back(ranks: int, length: int) -> None:
@@ -194,10 +295,10 @@ def test_causal_work_is_the_same_on_all_ranks(module: Any, attend: Attend, monke
     pairs: dict[int, int] = {}
     original = module.attend
 
-    def counting(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def counting(query: Tensor, key: Tensor, value: Tensor, said: blocks.Pairs) -> tuple[Tensor, Tensor]:
         rows, columns, rank = query.shape[2], key.shape[2], threading.get_ident()
-        pairs[rank] = pairs.get(rank, 0) + (rows * (rows + 1) // 2 if is_causal else rows * columns)
-        return original(query, key, value, is_causal, scale)
+        pairs[rank] = pairs.get(rank, 0) + (rows * (rows + 1) // 2 if said.is_causal else rows * columns)
+        return original(query, key, value, said)
 
     monkeypatch.setattr(module, "attend", counting)
     tensors = [x.split(lengths_of(403, 8), dim=2) for x in inputs(1, 1, 403)[:3]]
@@ -214,18 +315,17 @@ def test_causal_work_is_the_same_on_all_ranks(module: Any, attend: Attend, monke
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("method", ["ring", "gather_kv"])
 def test_bfloat16_errors_do_not_grow_with_the_ring(method: str, is_causal: bool) -> None:
-    """Of eight ranks, against float64: the gradients' is that of one device; the result is rounded once more at most."""
+    """Of eight ranks, against float64: each gradient's is that of one device; the result is rounded once more at most."""
     torch.manual_seed(0)
     rounded = [x.bfloat16() for x in inputs(4, 2, 512, None, 32, 32)]  # widths that one device's kernel takes
     want = one_device([x.double() for x in rounded], None, is_causal)
 
-    def errors(got: list[Tensor]) -> tuple[float, float]:
-        out, *grads = ((x.double() - y) / y.norm() for x, y in zip(got, want, strict=True))
-        return float(out.norm()), float(torch.stack([grad.norm() for grad in grads]).norm())
+    def errors(got: list[Tensor]) -> list[float]:
+        return [float((x.double() - y).norm() / y.norm()) for x, y in zip(got, want, strict=True)]
 
     one, ranks = errors(one_device(rounded, None, is_causal)), errors(on_ranks(rounded, 8, METHODS[method][0](None, is_causal)))
-    assert ranks[1] <= 1.2 * one[1]
-    assert ranks[0] <= 1.4 * one[0]
+    for limit, alone, together in zip((1.4, 1.2, 1.2, 1.2), one, ranks, strict=True):
+        assert together <= limit * alone, (one, ranks)
 
 
 class Layer(nn.Module):
@@ -278,8 +378,7 @@ MASKS: dict[str, Callable[[Tensor], Tensor] | None] = {
 }
 
 
-@pytest.mark.parametrize("tile", [None, 30])
-@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize(("ranks", "tile"), [(3, None), (4, 30)])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("method", ["ulysses", "gather_kv", "ring", "hybrid"])
 def test_compiled(method: AttentionMethod, mask: str, ranks: int, tile: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,8 +386,8 @@ def test_compiled(method: AttentionMethod, mask: str, ranks: int, tile: int | No
         monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile)
     net = Layer(6, 2, MASKS[mask], mask == "causal")
     x = (torch.randn(2, 13, 8).double(),)
-    if method in ("ring", "hybrid") and (MASKS[mask] or (method == "hybrid" and ranks == 3)):
-        reason = "its mask" if MASKS[mask] else "3 ranks do not divide"
+    if method in ("ring", "hybrid") and (mask == "bias" or (method == "hybrid" and ranks == 3)):
+        reason = r"its mask \(not proven.*\) is not proven to be truth" if mask == "bias" else "3 ranks do not divide"
         with pytest.raises(AttentionMethodError, match=rf"attention='{method}' cannot .* at .*test_methods.py:\d+: {reason}"):
             lower(net, x, net, num_ranks=ranks, attention=method)
         return
@@ -367,10 +466,7 @@ def test_fewer_heads_than_ranks_leave_none_idle() -> None:
 
 
 def test_a_window_fetches_from_neighbours() -> None:
-    ends = list(itertools.pairwise(itertools.accumulate(lengths_of(2**17, 8), initial=0)))
-    columns = tuple((max(0, start - 4095), stop) for start, stop in ends)
-    pairs = tuple((stop - start) * 4096 for start, stop in ends)
-    offer = chosen(32, 8, 8, 2**17, columns=columns, pairs=pairs, mask="a window", is_causal=False)
+    offer = chosen(32, 8, 8, 2**17, bounds=lambda start, stop: (start - 4095, stop), mask="a window", is_causal=False)
     assert (offer.method, offer.sent) == ("gather_kv", 2 * 4095 * 8 * 256 * 2)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["BlockSum", "attend", "attend_backward", "kernel_name", "wide"]
+__all__ = ["BlockSum", "Dropped", "Pairs", "attend", "attend_backward", "kernel_name", "wide"]
 
 aten = torch.ops.aten
 
@@ -27,6 +27,29 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the type that results are summed in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class Dropped(NamedTuple):
+    """Weights that are dropped, each with that probability, drawn from a seed: the same ones in backward."""
+
+    probability: float
+    seed: int
+
+
+class Pairs(NamedTuple):
+    """What is said of the pairs of queries and keys of a block.
+
+    Attributes:
+        is_causal: Whether query `i` attends to keys `0` to `i` only; then there are as many of both.
+        scale: Factor of the scores.
+        mask: Bool, true: attend; shape `(B or 1, H or 1, l or 1, n or 1)`. Queries may attend to nothing.
+        dropped: Of the weights.
+    """
+
+    is_causal: bool
+    scale: float
+    mask: Tensor | None = None
+    dropped: Dropped | None = None
 
 
 class BlockSum:
@@ -47,75 +70,99 @@ class BlockSum:
         rows = slice(start, start + out.shape[2])
         own, total = self.out[:, heads, rows], self.lse[:, heads, rows]
         joined = torch.logaddexp(total, lse)
-        own.mul_((total - joined).exp_().unsqueeze(-1)).add_(out * (lse - joined).exp_().unsqueeze(-1))
+        one = _finite(joined)
+        own.mul_((total - one).exp_().unsqueeze(-1)).add_(out * (lse - one).exp_().unsqueeze(-1))
         total.copy_(joined)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _finite(lse: Tensor) -> Tensor:
+    """Return log-sum-exps that can be taken from scores, also those of queries that attend to nothing: their weights are 0 then."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Attend to a block of keys.
 
     Args:
         query: Shape `(B, H, l, D)`.
         key: Shape `(B, Hk, n, D)`, `H` a multiple of `Hk`.
         value: Shape `(B, Hk, n, Dv)`.
-        is_causal: Whether query `i` attends to keys `0` to `i` only; then `l == n`.
-        scale: Factor of the scores.
+        pairs: The rest.
 
     Returns:
-        The result, shape `(B, H, l, Dv)`, and the log-sum-exp of the scores, shape `(B, H, l)`, in the wide type.
+        The result, shape `(B, H, l, Dv)`, and the log-sum-exp of the scores, shape `(B, H, l)`, in the wide type; 0 and minus
+        infinity for queries that attend to nothing.
     """
-    kernel, width = _kernel(query, value), value.shape[3]
-    out, lse = kernel.forward(*_padded(kernel, query, key, value), is_causal, scale)
+    kernel, width = _kernel_of(query, value, pairs), value.shape[3]
+    out, lse = kernel.forward(*_padded(kernel, query, key, value), pairs)
+    if pairs.mask is not None:  # kernels differ in what they give for those
+        nothing = ~pairs.mask.any(-1)
+        out, lse = out.masked_fill(nothing.unsqueeze(-1), 0.0), lse.masked_fill(nothing, float("-inf"))
     return out[..., :width], lse
 
 
-def attend_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> Gradients:
+def attend_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, pairs: Pairs) -> Gradients:
     """Return a block's part of the gradients of queries, and the gradients of its keys and values.
+
+    They are in the wide type where that costs nothing: a sum over blocks that were each rounded is off by more than one device's.
 
     Args:
         grad: Of the result for all keys, like `out`.
-        query: As given to `attend`, likewise `key`, `value`, `is_causal` and `scale`.
+        query: As given to `attend`, likewise `key`, `value` and `pairs`.
         out: The result for all keys, in the dtype of `query`.
         lse: The log-sum-exp for all keys.
     """
-    kernel = _kernel(query, value)
+    kernel = _kernel_of(query, value, pairs)
     widths = (query.shape[3], key.shape[3], value.shape[3])
     query, key, value = _padded(kernel, query, key, value)
     grad, out = (F.pad(x, (0, value.shape[3] - x.shape[3])) for x in (grad, out))
-    found = kernel.backward(grad, query, key, value, out, lse, is_causal, scale)
+    found = kernel.backward(grad, query, key, value, out, _finite(lse), pairs)
     dq, dk, dv = (x[..., :width] for x, width in zip(found, widths, strict=True))
     return dq, dk, dv
 
 
 class _Kernel(NamedTuple):
-    """A kernel; `backward` takes gradient, queries, keys, values, result, log-sum-exp, causal, scale.
+    """A kernel; `backward` takes gradient, queries, keys, values, result, log-sum-exp and what is said of pairs.
 
     Attributes:
         multiple: Of what heads' widths have to be, all equal; 0: anything will do.
     """
 
     name: str
-    forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], Gradients]
+    forward: Callable[[Tensor, Tensor, Tensor, Pairs], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Pairs], Gradients]
     multiple: int
 
 
-def _kernel(query: Tensor, value: Tensor) -> _Kernel:
-    width = max(query.shape[3], value.shape[3])
-    if query.device.type == "cpu":
+def _kernel(device: str, dtype: torch.dtype, width: int, masked: bool, drops: bool) -> _Kernel:
+    if drops:
+        return _MATH  # other kernels draw what cannot be drawn again
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device == "cpu":
         return _CPU_FLASH
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and width <= 256:
+    if device == "cuda" and half and width <= 256 and not masked:
         return _FLASH
-    if query.device.type == "cuda" and query.dtype is torch.float32:
+    if device == "cuda" and (dtype is torch.float32 or (half and masked)):
         return _EFFICIENT
     return _MATH
 
 
-def kernel_name(query: Tensor, value: Tensor) -> str:
-    """Return the name of the kernel that `attend` calls."""
-    return _kernel(query, value).name
+def _kernel_of(query: Tensor, value: Tensor, pairs: Pairs) -> _Kernel:
+    width = max(query.shape[3], value.shape[3])
+    return _kernel(query.device.type, query.dtype, width, pairs.mask is not None, pairs.dropped is not None)
+
+
+def kernel_name(device: str, dtype: torch.dtype, width: int, masked: bool, drops: bool) -> str:
+    """Return the name of the kernel that `attend` calls.
+
+    Args:
+        device: Its type.
+        dtype: Of the queries.
+        width: The wider of a head of queries and of values.
+        masked: Whether there is a mask.
+        drops: Whether weights are dropped.
+    """
+    return _kernel(device, dtype, width, masked, drops).name
 
 
 def _padded(kernel: _Kernel, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,88 +175,126 @@ def _padded(kernel: _Kernel, query: Tensor, key: Tensor, value: Tensor) -> tuple
     return query, key, value
 
 
-def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
+def _added(query: Tensor, pairs: Pairs) -> Tensor | None:
+    """Return what is added to scores for the mask."""
+    if pairs.mask is None:
+        return None
+    return torch.zeros(pairs.mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~pairs.mask, float("-inf"))
+
+
+def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, pairs.is_causal, attn_mask=_added(query, pairs), scale=pairs.scale
+    )
     return out, lse
 
 
-def _cpu_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> Gradients:
+def _cpu_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, pairs: Pairs) -> Gradients:
+    # Processors multiply halves no faster than floats, most of them slower.
+    grad, query, key, value, out = (x.to(wide(x.dtype)) for x in (grad, query, key, value, out))
     found: Gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse.contiguous(), 0.0, is_causal, scale=scale
+        grad, query, key, value, out, lse.contiguous(), 0.0, pairs.is_causal, attn_mask=_added(query, pairs), scale=pairs.scale
     )
     return found
 
 
-def _flash_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, pairs.is_causal, False, scale=pairs.scale)
     return out, lse
 
 
-def _flash_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> Gradients:
+def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, pairs: Pairs) -> Gradients:
     seed = torch.empty((), dtype=torch.int64, device=query.device)  # nothing is dropped, so nothing is drawn
-    lengths = (query.shape[2], key.shape[2])
+    lengths, (is_causal, scale, *_) = (query.shape[2], key.shape[2]), pairs
     found: Gradients = aten._scaled_dot_product_flash_attention_backward(
         grad, query, key, value, out, lse.contiguous(), None, None, *lengths, 0.0, is_causal, seed, seed, scale=scale
     )
     return found
 
 
-def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    key, value = (_repeated(x, query) for x in (key, value))
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)
+def _bias(query: Tensor, key: Tensor, pairs: Pairs) -> Tensor | None:
+    """Return the mask as the efficient kernel wants it: of all pairs, rows apart by a multiple of 16."""
+    added = _added(query, pairs)
+    if added is None:
+        return None
+    rows, columns = query.shape[2], key.shape[2]
+    added = added.expand(*added.shape[:2], rows, columns)
+    return F.pad(added, (0, -columns % 16))[..., :columns].expand(*query.shape[:2], rows, columns)
+
+
+def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    key, value, bias = _repeated(key, query), _repeated(value, query), _bias(query, key, pairs)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, 0.0, pairs.is_causal, scale=pairs.scale
+    )
     return out, lse[..., : query.shape[2]]
 
 
 def _efficient_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, pairs: Pairs
 ) -> Gradients:
     seed = torch.empty((), dtype=torch.int64, device=query.device)
-    keys, values = (_repeated(x, query) for x in (key, value))
+    keys, values, bias = _repeated(key, query), _repeated(value, query), _bias(query, key, pairs)
     lse = F.pad(lse, (0, -lse.shape[2] % 32), value=float("inf"))  # the kernel reads whole groups of 32
     wanted = [True, True, True, False]
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        grad, query, keys, values, None, out, lse, seed, seed, 0.0, wanted, is_causal, scale=scale
+        grad, query, keys, values, bias, out, lse, seed, seed, 0.0, wanted, pairs.is_causal, scale=pairs.scale
     )
     return dq, _summed(dk, key), _summed(dv, value)
 
 
-def _math_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _math_forward(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     keys, values = (_repeated(x, query) for x in (key, value))
-    outs, lses = [], []
+    outs, lses, draw = [], [], _drawing(query, pairs)
     for start, stop in _ranges(query, key):
-        scores = _scores(query, keys, start, stop, is_causal, scale)
+        scores = _scores(query, keys, start, stop, pairs)
         lse = scores.logsumexp(-1)
-        outs.append(((scores - lse.unsqueeze(-1)).exp_() @ values.to(scores.dtype)).to(query.dtype))
+        weights = (scores - _finite(lse).unsqueeze(-1)).exp_().mul_(draw(scores))
+        outs.append((weights @ values.to(scores.dtype)).to(query.dtype))
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def _math_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
-) -> Gradients:
+def _math_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, pairs: Pairs) -> Gradients:
     keys, values = (_repeated(x, query).to(lse.dtype) for x in (key, value))
-    dqs, dk, dv = [], torch.zeros_like(keys), torch.zeros_like(values)
+    dqs, dk, dv, draw = [], torch.zeros_like(keys), torch.zeros_like(values), _drawing(query, pairs)
     for start, stop in _ranges(query, key):
         own, result = (x[:, :, start:stop].to(lse.dtype) for x in (grad, out))
-        weights = (_scores(query, keys, start, stop, is_causal, scale) - lse[:, :, start:stop, None]).exp_()
-        dv += weights.transpose(-2, -1) @ own
-        weights *= own @ values.transpose(-2, -1) - (own * result).sum(-1, keepdim=True)
-        dqs.append((weights @ keys * scale).to(query.dtype))
-        dk += weights.transpose(-2, -1) @ query[:, :, start:stop].to(lse.dtype) * scale
-    return torch.cat(dqs, 2), _summed(dk, key).to(key.dtype), _summed(dv, value).to(value.dtype)
+        weights = (_scores(query, keys, start, stop, pairs) - lse[:, :, start:stop, None]).exp_()
+        kept = draw(weights)
+        dv += (weights * kept).transpose(-2, -1) @ own
+        # Of what is dropped too, what all weights sum to is what the result says.
+        weights *= own @ values.transpose(-2, -1) * kept - (own * result).sum(-1, keepdim=True)
+        dqs.append(weights @ keys * pairs.scale)
+        dk += weights.transpose(-2, -1) @ query[:, :, start:stop].to(lse.dtype) * pairs.scale
+    return torch.cat(dqs, 2), _summed(dk, key), _summed(dv, value)
 
 
-def _scores(query: Tensor, keys: Tensor, start: int, stop: int, is_causal: bool, scale: float) -> Tensor:
+def _scores(query: Tensor, keys: Tensor, start: int, stop: int, pairs: Pairs) -> Tensor:
     dtype = wide(query.dtype)
-    scores = query[:, :, start:stop].to(dtype) @ keys.to(dtype).transpose(-2, -1) * scale
-    if is_causal:
+    scores = query[:, :, start:stop].to(dtype) @ keys.to(dtype).transpose(-2, -1) * pairs.scale
+    if pairs.is_causal:
         rows, columns = (torch.arange(*ends, device=query.device) for ends in ((start, stop), (0, keys.shape[2])))
         scores.masked_fill_(columns > rows[:, None], float("-inf"))
+    if pairs.mask is not None:
+        mask = pairs.mask
+        scores.masked_fill_(~(mask if mask.shape[2] == 1 else mask[:, :, start:stop]), float("-inf"))
     return scores
+
+
+def _drawing(query: Tensor, pairs: Pairs) -> Callable[[Tensor], Tensor | float]:
+    """Return what gives, one range of rows after the other, the factors of weights: 0 for those that are dropped."""
+    if pairs.dropped is None:
+        return lambda weights: 1.0
+    probability, seed = pairs.dropped
+    factor = 1 / (1 - probability) if probability < 1 else 0.0
+    generator = torch.Generator(query.device).manual_seed(seed)
+
+    def draw(weights: Tensor) -> Tensor:
+        kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= probability
+        return kept.to(weights.dtype) * factor
+
+    return draw
 
 
 def _ranges(query: Tensor, key: Tensor) -> list[tuple[int, int]]:

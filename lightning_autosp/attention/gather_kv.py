@@ -1,8 +1,8 @@
 """Queries stay, keys and values of all ranks, or of the neighbours, are gathered.
 
-Without a mask of its own this is one operator: heads of keys and values are gathered a group at a time, the next while one is
-attended to, and again in backward, so that no rank holds all of them; causal queries are in zigzag order. Masks, which belong to
-pairs of positions, run on rows of their own: the mask's rows of this rank, all keys or those in a window.
+Mostly this is one operator: heads of keys and values are gathered a group at a time, the next while one is attended to, and again
+in backward, so that no rank holds all of them; causal queries are in zigzag order. What is added to scores, and what is computed in
+tiles, runs on rows of its own: the mask's rows of this rank, all keys or those in a window.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_autosp.attention.blocks import BlockSum, Gradients, attend, attend_backward, wide
-from lightning_autosp.attention.operators import Call, Method, across_ranks, register
+from lightning_autosp.attention.blocks import BlockSum, Gradients, Pairs, attend, attend_backward, wide
+from lightning_autosp.attention.operators import BlockMask, Call, Method, across_ranks, register
 from lightning_autosp.attention.ring import require_square
+from lightning_autosp.attention.rows import MaskedRows, block_mask, dropped, masked_rows
 from lightning_autosp.attention.tiles import run_tiles
-from lightning_autosp.attention.zigzag import chunk_lengths, from_zigzag, held_chunks, to_zigzag
+from lightning_autosp.attention.zigzag import chunk_lengths, from_zigzag, to_zigzag
 from lightning_autosp.collectives import Group, all_gather_sequence, start_all_gather, start_all_to_all, wait
 from lightning_autosp.exchange import fetch
 
@@ -32,7 +33,7 @@ def gather_kv_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | BlockMask | None,
     dropout: float,
     is_causal: bool,
     scale: float | None,
@@ -40,6 +41,7 @@ def gather_kv_attention(
     key_lengths: tuple[int, ...],
     group: Group,
     head_chunks: int | None = None,
+    first_head: int = 0,
 ) -> Tensor:
     """`F.scaled_dot_product_attention` over positions that are split over the ranks of `group`, any number of heads.
 
@@ -47,43 +49,45 @@ def gather_kv_attention(
         query: This rank's queries, shape `(..., H, l, D)`.
         key: This rank's keys, shape `(..., Hk, n, D)`, `H` a multiple of `Hk`.
         value: This rank's values, shape `(..., Hk, n, Dv)`.
-        mask: The whole mask, broadcastable to `(..., H, L, N)`, bool or the query's dtype, or `None`.
+        mask: The whole mask, broadcastable to `(..., H, L, N)`, bool or the query's dtype, or what computes it a block at a time,
+            or `None`. Whole or computed, the same on all ranks.
         dropout: Probability of dropping an attention weight.
-        is_causal: Whether position `i` attends to positions up to `i`; then there are as many keys as queries.
+        is_causal: Whether position `i` attends to positions up to `i`; then there are as many keys as queries, and no mask.
         scale: Factor of the scores; `None` for `1/sqrt(D)`.
         query_lengths: Every rank's number of queries.
         key_lengths: Every rank's number of keys.
         group: The sequence group.
-        head_chunks: Into how many groups heads of keys and values are divided, where there is no mask and no dropout. `None`: as
-            many as keep each below `CHUNK_BYTES`.
+        head_chunks: Into how many groups heads of keys and values are divided, where nothing is added to scores. `None`: as many as
+            keep each below `CHUNK_BYTES`.
+        first_head: The number of the first query head, of those that a mask knows that is computed in blocks.
 
     Returns:
         Shape `(..., H, l, Dv)`.
 
     Raises:
-        ValueError: If causal attention has other numbers of keys than of queries, a mask, or dropout.
+        ValueError: If causal attention has other numbers of keys than of queries, or a mask.
     """
+    if is_causal and mask is not None:
+        raise ValueError("causal attention with a mask: one of the two, as for one device")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if is_causal and (mask is not None or dropout):
-        raise ValueError(
-            "causal attention with a mask or dropout: gathered keys are attended to in blocks, by kernels without either"
-        )
     leading = query.shape[:-3]
-    if mask is not None or dropout:
+    if isinstance(mask, Tensor) and (mask.dtype is not torch.bool or len(leading) > 1):
         key, value = (all_gather_sequence(x, x.ndim - 2, key_lengths, group) for x in (key, value))
-        if mask is not None and mask.ndim > 1 and mask.shape[-2] != 1:
+        if mask.ndim > 1 and mask.shape[-2] != 1:
             mask = mask.narrow(-2, sum(query_lengths[: group.rank]), query_lengths[group.rank])
         grouped = query.shape[-3] != key.shape[-3]
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, enable_gqa=grouped)
+    mask = block_mask(mask, query)
     query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     chunks = head_chunks_for(key, value, sum(key_lengths)) if head_chunks is None else min(head_chunks, key.shape[1])
+    call = Call(is_causal, scale, query_lengths, key_lengths, group, chunks, first_head=first_head, dropout=dropout)
     if is_causal:
         require_square(query_lengths, key_lengths)
         (query,) = to_zigzag((query,), query_lengths, group)
-        call = Call(True, scale, chunk_lengths(query_lengths), chunks, group)
-        out = from_zigzag(across_ranks("gather_kv", query, key, value, call), query_lengths, group)
+        call = call._replace(query_lengths=chunk_lengths(query_lengths))
+        out = from_zigzag(across_ranks("gather_kv", query, key, value, mask, call), query_lengths, group)
     else:
-        out = across_ranks("gather_kv", query, key, value, Call(False, scale, key_lengths, chunks, group))
+        out = across_ranks("gather_kv", query, key, value, mask, call)
     return out.reshape(*leading, *out.shape[1:])
 
 
@@ -158,14 +162,9 @@ def _heads(key: Tensor, call: Call) -> list[tuple[int, int]]:
     return list(itertools.pairwise(itertools.accumulate((small + (i < extra) for i in range(call.head_chunks)), initial=0)))
 
 
-def _key_lengths(call: Call) -> Sequence[int]:
-    return [a + b for a, b in zip(call.lengths[::2], call.lengths[1::2], strict=True)] if call.is_causal else call.lengths
-
-
 def _gathered(key: Tensor, value: Tensor, call: Call) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Go through `(first head, behind the last, whole keys, whole values)`; the next heads come while one is looked at."""
-    lengths = _key_lengths(call)
-    most = max(lengths)
+    lengths, most = call.key_lengths, max(call.key_lengths)
 
     def start(first: int, behind: int) -> Tensor:
         rows = torch.cat([key[:, first:behind], value[:, first:behind]], dim=3).permute(2, 0, 1, 3)
@@ -183,44 +182,61 @@ def _gathered(key: Tensor, value: Tensor, call: Call) -> Iterator[tuple[int, int
         yield first, behind, keys, values
 
 
-def _blocks(query: Tensor, call: Call) -> list[tuple[int, int, int, int, bool]]:
-    """Return `(first query, behind the last, first key, behind the last, causal)` of what this rank computes, in whole keys."""
-    if not call.is_causal:
-        return [(0, query.shape[2], 0, sum(call.lengths), False)]
+def _blocks(others: Sequence[Tensor], call: Call, rows: MaskedRows | None, heads: slice) -> Iterator[tuple[slice, slice, Pairs]]:
+    """Go through what this rank computes for some heads: its queries, whole keys, and what is said of pairs."""
+    if rows is not None:
+        for start, stop, row, low, high in rows.ranges:
+            mask = rows.mask(row, stop - start, low, high, (heads.start, heads.stop))
+            yield slice(start, stop), slice(low, high), Pairs(False, call.scale, mask, dropped(call, others, row, heads.start))
+        return
     found, start = [], 0
-    for chunk in held_chunks(call.group.rank, call.group.size):
-        place, length = sum(call.lengths[:chunk]), call.lengths[chunk]
-        found += [(start, start + length, 0, place, False), (start, start + length, place, place + length, True)]
+    for chunk in call.chunks(call.group.rank):
+        place, length = sum(call.query_lengths[:chunk]), call.query_lengths[chunk]
+        some = slice(start, start + length)
+        if call.is_causal:
+            found += [(some, slice(0, place), False), (some, slice(place, place + length), True)]
+        else:
+            found.append((some, slice(0, sum(call.key_lengths)), False))
         start += length
-    return [block for block in found if block[0] < block[1] and block[2] < block[3]]
+    for some, columns, causal in found:
+        if some.start < some.stop and columns.start < columns.stop:
+            yield some, columns, Pairs(causal, call.scale, None, dropped(call, others, some.start, columns.start, heads.start))
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, others: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor]:
     times, total = query.shape[1] // key.shape[1], BlockSum(query, value)
+    masked = masked_rows(call, others)
     for first, behind, keys, values in _gathered(key, value, call):
         heads = slice(first * times, behind * times)
-        for row, last_row, column, last_column, causal in _blocks(query, call):
-            some, columns = query[:, heads, row:last_row], slice(column, last_column)
-            out, lse = attend(some, keys[:, :, columns], values[:, :, columns], causal, call.scale)
-            total.add(out, lse, row, heads)
+        for rows, columns, pairs in _blocks(others, call, masked, heads):
+            out, lse = attend(query[:, heads, rows], keys[:, :, columns], values[:, :, columns], pairs)
+            total.add(out, lse, rows.start, heads)
     return total.out.to(query.dtype), total.lse
 
 
-def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call) -> Gradients:
-    times, dtype, lengths = query.shape[1] // key.shape[1], wide(query.dtype), _key_lengths(call)
+def _backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    others: Sequence[Tensor],
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: Call,
+) -> Gradients:
+    times, dtype, lengths = query.shape[1] // key.shape[1], wide(query.dtype), call.key_lengths
     rank, sizes = call.group.rank, key.shape[3] + value.shape[3]
     dq = query.new_zeros(query.shape, dtype=dtype)
-    dk, dv = key.new_empty(key.shape), value.new_empty(value.shape)
+    dk, dv, masked = key.new_empty(key.shape), value.new_empty(value.shape), masked_rows(call, others)
     for first, behind, keys, values in _gathered(key, value, call):
         heads = slice(first * times, behind * times)
         sums = keys.new_zeros((sum(lengths), key.shape[0], behind - first, sizes), dtype=dtype)
         dks, dvs = sums.permute(1, 2, 0, 3).split([key.shape[3], value.shape[3]], dim=3)
-        for row, last_row, column, last_column, causal in _blocks(query, call):
-            columns = slice(column, last_column)
-            rows, own, result, weight = (x[:, heads, row:last_row] for x in (grad, query, out, lse))
+        for rows, columns, pairs in _blocks(others, call, masked, heads):
             block = keys[:, :, columns], values[:, :, columns]
-            found = attend_backward(rows, own, *block, result, weight, causal, call.scale)
-            for target, part in zip((dq[:, heads, row:last_row], dks[:, :, columns], dvs[:, :, columns]), found, strict=True):
+            own, some, result, weight = (x[:, heads, rows] for x in (grad, query, out, lse))
+            found = attend_backward(own, some, *block, result, weight, pairs)
+            for target, part in zip((dq[:, heads, rows], dks[:, :, columns], dvs[:, :, columns]), found, strict=True):
                 target += part
         # Sent in the type of the keys, but summed in the wide one.
         received = [lengths[rank]] * call.group.size

@@ -7,11 +7,15 @@ and validation do the same.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from lightning_autosp.attention.ring import Route
+from lightning_autosp.attention.tiles import ColumnBounds
 from lightning_autosp.attention.ulysses import head_shares, wire_elements
+from lightning_autosp.attention.zigzag import chunk_lengths, held_chunks
 
 __all__ = ["AttentionMethod", "AttentionMethodError", "AttentionOptions", "Choice", "Offer", "Work", "choose", "halo"]
 
@@ -74,8 +78,9 @@ class Work:
         element_size: Bytes of an element.
         dropout: Whether weights are dropped.
         mask: What is attended to, if not all or by the flag; "" if so.
-        columns: For each rank which keys its queries attend to, `(first, behind the last)`, as far as is known; `None`: all.
-        pairs: For each rank how many pairs of its queries and keys are computed, if queries stay where they are.
+        bounds: Which keys queries attend to, as far as is known: `(first query, behind the last) -> (first key, behind the last)`;
+            `None`: all.
+        not_in_blocks: Why the mask cannot be given to kernels a block at a time; "" if it can.
     """
 
     batch: int
@@ -89,19 +94,32 @@ class Work:
     element_size: int
     dropout: bool = False
     mask: str = ""
-    columns: tuple[tuple[int, int], ...] | None = None
-    pairs: tuple[int, ...] = ()
+    bounds: ColumnBounds | None = None
+    not_in_blocks: str = ""
 
     @property
     def ranks(self) -> int:
         return len(self.query_lengths)
 
+    def columns(self, start: int, stop: int) -> tuple[int, int]:
+        """Return `(first, behind the last)` of the keys that queries attend to; one at least, which kernels want."""
+        num_keys = sum(self.key_lengths)
+        low, high = self.bounds(start, stop) if self.bounds else (0, num_keys)
+        low = max(0, min(low, num_keys - 1))
+        return low, max(min(high, num_keys), low + 1)
+
+    def pairs(self, start: int, stop: int) -> int:
+        """Return how many pairs of queries `[start, stop)` and keys are computed, a sixteenth of the queries at a time."""
+        step = max(1, -(-(stop - start) // 16))
+        tiles = [(first, min(first + step, stop)) for first in range(start, stop, step)]
+        return sum((behind - first) * (high - low) for first, behind in tiles for low, high in [self.columns(first, behind)])
+
     def all_pairs(self) -> int:
         """Return the pairs that are computed of each head and sample."""
-        if self.pairs:
-            return sum(self.pairs)
-        queries, keys = sum(self.query_lengths), sum(self.key_lengths)
-        return queries * (queries + 1) // 2 if self.is_causal else queries * keys
+        queries = sum(self.query_lengths)
+        if self.is_causal:
+            return queries * (queries + 1) // 2
+        return sum(self.pairs(*bounds) for bounds in _bounds(self.query_lengths))
 
     def flops(self, pairs: float, heads: float) -> float:
         return (1 + BACKWARD) * 2 * self.batch * heads * pairs * (self.width + self.value_width)
@@ -128,6 +146,7 @@ class Offer:
         refusal: Why it cannot compute the call; "" if it can.
         inside: Of a hybrid, ranks that exchange heads.
         outside: Of a hybrid, what is done across them.
+        in_zigzag: Whether a ring holds positions in zigzag order.
     """
 
     method: str
@@ -138,6 +157,7 @@ class Offer:
     refusal: str = ""
     inside: int = 0
     outside: str = ""
+    in_zigzag: bool = False
 
     @property
     def name(self) -> str:
@@ -184,10 +204,15 @@ def choose(work: Work, options: AttentionOptions, where: str) -> Choice:
 
 def halo(work: Work) -> tuple[tuple[int, int], ...] | None:
     """Return which keys each rank fetches, where that is so few that they are fetched and not gathered."""
-    if work.columns is None:
+    if work.bounds is None:
         return None
-    fetched = sum(behind - first for first, behind in work.columns)
-    return work.columns if fetched <= 3 * sum(work.key_lengths) else None
+    columns = tuple(work.columns(*bounds) for bounds in _bounds(work.query_lengths))
+    fetched = sum(behind - first for first, behind in columns)
+    return columns if fetched <= 3 * sum(work.key_lengths) else None
+
+
+def _bounds(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
 
 
 def _spans_nodes(ranks: int, options: AttentionOptions) -> bool:
@@ -221,15 +246,6 @@ def _ulysses(work: Work, options: AttentionOptions) -> Offer:
     return Offer("ulysses", seconds, sent, flops, int(2 * whole))
 
 
-def _flags_only(work: Work, method: str) -> str:
-    """Return why a method whose kernels know no mask cannot compute a call."""
-    if work.mask:
-        return f"its mask ({work.mask}) is no flag of a kernel, and {method} attends to blocks of keys"
-    if work.dropout:
-        return f"it drops weights, and the kernels that {method} calls for blocks of keys do not"
-    return _square(work)
-
-
 def _square(work: Work) -> str:
     if work.is_causal and min(work.query_lengths) < 2:
         return "a rank has one position, and zigzag order takes two"
@@ -241,21 +257,19 @@ def _square(work: Work) -> str:
 def _zigzag_bytes(work: Work, keys: bool) -> float:
     """Return what a rank sends to change the order of positions, there and back, forward and backward."""
     most = max(work.query_lengths)
-    return 2 * (work.queries_bytes(most) + (work.keys_bytes(most) if keys else 0)) if work.is_causal else 0.0
+    return 2 * (work.queries_bytes(most) + (work.keys_bytes(most) if keys else 0))
 
 
 def _gather_kv(work: Work, options: AttentionOptions) -> Offer:
     ranks, most = work.ranks, max(work.key_lengths)
     refusal = _square(work)
-    if work.is_causal and work.dropout:
-        refusal = "it is causal and drops weights, and the kernels for blocks of keys do not"
     if refusal:
         return Offer("gather_kv", refusal=refusal)
     fetched = halo(work)
     others = (ranks - 1) * most
     if fetched is not None:
         others = max(behind - first - n for (first, behind), n in zip(fetched, work.key_lengths, strict=True))
-    in_graph = bool(work.mask) or work.dropout  # gathered once, and kept or computed again as the planner likes
+    in_graph = bool(work.mask)  # gathered once, and kept or computed again as the planner likes
     times = 2 if in_graph else 3
     sent = times * work.keys_bytes(max(others, 0))
     crossing = None
@@ -263,11 +277,11 @@ def _gather_kv(work: Work, options: AttentionOptions) -> Offer:
         crossing = sent
     elif options.node_size:
         crossing = times * work.keys_bytes(max(ranks - options.node_size, 0) * most) / options.node_size
-    rows = work.all_pairs() / ranks
-    if work.mask and work.pairs:
-        rows = max(work.pairs)
+    rows: float = work.all_pairs() / ranks
+    if not work.is_causal:
+        rows = max(work.pairs(*bounds) for bounds in _bounds(work.query_lengths))
     flops = work.flops(rows, work.heads)
-    moved = _zigzag_bytes(work, keys=False)
+    moved = _zigzag_bytes(work, keys=False) if work.is_causal else 0.0
     seconds = (
         _compute_seconds(flops, options) + _wire_seconds(sent, ranks, options, crossing) + _wire_seconds(moved, ranks, options)
     )
@@ -277,25 +291,44 @@ def _gather_kv(work: Work, options: AttentionOptions) -> Offer:
 
 
 def _ring(work: Work, options: AttentionOptions) -> Offer:
-    refusal = _flags_only(work, "ring")
+    refusal = work.not_in_blocks or _square(work)
     if refusal:
         return Offer("ring", refusal=refusal)
+    orders = [work.is_causal]
+    if work.bounds is not None and work.query_lengths == work.key_lengths and min(work.query_lengths) > 1:
+        orders = [False, True]  # a mask may leave late positions more work, or only their neighbours'
+    return min((_around(work, options, in_zigzag) for in_zigzag in orders), key=lambda offer: offer.seconds)
+
+
+def _around(work: Work, options: AttentionOptions, in_zigzag: bool) -> Offer:
     ranks, most = work.ranks, max(work.key_lengths)
-    sent, moved = 3 * work.keys_bytes((ranks - 1) * most), _zigzag_bytes(work, keys=True)
-    flops = work.flops(work.all_pairs() / ranks, work.heads)
+    queries, keys = (chunk_lengths(x) if in_zigzag else x for x in (work.query_lengths, work.key_lengths))
+    of_queries, of_keys = _bounds(queries), _bounds(keys)
+    held = [held_chunks(rank, ranks) if in_zigzag else (rank,) for rank in range(ranks)]
+    route, pairs = Route([[True] * ranks] * ranks), work.all_pairs() / ranks
+    if not work.is_causal:
+        columns = [work.columns(*bounds) if bounds[0] < bounds[1] else (0, 0) for bounds in of_queries]
+        reach = [[max(a, c) < min(b, d) for c, d in of_keys] for a, b in columns]
+        route = Route(
+            [[any(reach[q][k] for q in held[taker] for k in held[owner]) for owner in range(ranks)] for taker in range(ranks)]
+        )
+        pairs = max(sum(work.pairs(*of_queries[chunk]) for chunk in held[rank]) for rank in range(ranks))
+    sent = 3 * work.keys_bytes(max(map(route.sent, range(ranks))) * most)
+    moved = _zigzag_bytes(work, keys=True) if in_zigzag else 0.0
+    flops = work.flops(pairs, work.heads)
     passing = _wire_seconds(sent, ranks, options, crossing=sent)  # one of a node's ranks sends to the next node, and all wait
     seconds = max(_compute_seconds(flops, options) / RING_SHARE, passing) + _wire_seconds(moved, ranks, options)
-    seconds += (3 * (ranks - 1) + (4 if moved else 0)) * EXCHANGE_SECONDS
-    held = (
+    hops = sum(not route.is_empty(hop) for hop in range(1, ranks))
+    seconds += (3 * hops + (4 if moved else 0)) * EXCHANGE_SECONDS
+    held_bytes = (
         3 * work.keys_bytes(most)
         + (work.queries_bytes(max(work.query_lengths)) / 2 + work.keys_bytes(most)) * 4 / work.element_size
     )
-    return Offer("ring", seconds, int(sent + moved), flops, int(held))
+    return Offer("ring", seconds, int(sent + moved), flops, int(held_bytes), in_zigzag=in_zigzag)
 
 
 def _hybrid(work: Work, options: AttentionOptions) -> Offer:
-    refusal = _flags_only(work, "hybrid")
-    ranks = work.ranks
+    refusal, ranks = work.not_in_blocks or _square(work), work.ranks
     node = options.node_size if _spans_nodes(ranks, options) else ranks
     splits = [inside for inside in range(2, min(ranks - 1, node) + 1) if ranks % inside == 0 and node % inside == 0]
     if not refusal and not splits:
@@ -313,8 +346,7 @@ def _split(work: Work, options: AttentionOptions, inside: int, outside: Literal[
         return tuple(sum(lengths[i : i + inside]) for i in range(0, len(lengths), inside))
 
     def part(heads: int, kv_heads: int, queries: tuple[int, ...], keys: tuple[int, ...]) -> Work:
-        sizes = (work.batch, heads, kv_heads, work.width, work.value_width, queries, keys)
-        return Work(*sizes, work.is_causal, work.element_size)
+        return replace(work, heads=heads, kv_heads=kv_heads, query_lengths=queries, key_lengths=keys)
 
     # Within: what is sent; the arithmetic is that of the ranks across, which have the same heads.
     sizes = (work.batch, work.heads, work.kv_heads, work.query_lengths[:inside], work.width, work.value_width)
@@ -330,7 +362,8 @@ def _split(work: Work, options: AttentionOptions, inside: int, outside: Literal[
     seconds = across.seconds + sent / options.link + 4 * EXCHANGE_SECONDS
     most = sum(work.query_lengths[:inside])
     held = across.peak + int(2 * (work.queries_bytes(most) * heads / work.heads + work.keys_bytes(most) * kv_heads / work.kv_heads))
-    return Offer("hybrid", seconds, sent + across.sent, across.flops, held, inside=inside, outside=outside)
+    name, order = (inside, outside), across.in_zigzag
+    return Offer("hybrid", seconds, sent + across.sent, across.flops, held, "", *name, order)
 
 
 _OFFERS: dict[str, Callable[[Work, AttentionOptions], Offer]] = {

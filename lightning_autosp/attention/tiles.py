@@ -20,6 +20,7 @@ from lightning_autosp import _compat
 
 __all__ = [
     "TILE_ELEMENTS",
+    "Attended",
     "ColumnBounds",
     "Cut",
     "Handle",
@@ -148,11 +149,36 @@ class Segments:
         step = max(1, TILE_ELEMENTS // columns.numel())
         found = []
         for some_low, some_high in zip(low.split(step, 1), high.split(step, 1), strict=True):
-            within = ((columns >= some_low) & (columns <= some_high)).any(0).to(torch.uint8)
-            any_column = within.amax(-1) > 0
-            first, behind = within.argmax(-1), num_columns - within.flip(-1).argmax(-1)
-            found.append(torch.stack([first.where(any_column, num_columns), behind.where(any_column, 0)], -1))
+            found.append(_first_and_behind(((columns >= some_low) & (columns <= some_high)).any(0).to(torch.uint8)))
         return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Rows attend to columns where an input, a mask of bools, says so.
+
+    Attributes:
+        input: Which of the program's inputs, not cut; shape `(..., rows, columns)`, either may be 1.
+    """
+
+    input: int
+
+    def bounds(self, inputs: Sequence[Tensor], tile_rows: int, first_row: int, num_rows: int) -> Tensor:
+        """Return the same as `Segments.bounds`."""
+        mask = inputs[self.input].flatten(0, -3)
+        rows = mask if mask.shape[-2] == 1 else mask[:, first_row : first_row + num_rows]
+        found = [part.any(0).any(0) for part in rows.split(tile_rows, 1)]
+        within = torch.stack(found).expand(-(-num_rows // tile_rows), -1)
+        if mask.shape[-1] == 1:  # for all columns
+            return torch.cat([~within, within * 2**62], -1).long()
+        return _first_and_behind(within.to(torch.uint8))
+
+
+def _first_and_behind(within: Tensor) -> Tensor:
+    """Return the first column of every row that is not 0 and the one behind the last, the other way round if there is none."""
+    num_columns, any_column = within.shape[-1], within.amax(-1) > 0
+    first, behind = within.argmax(-1), num_columns - within.flip(-1).argmax(-1)
+    return torch.stack([first.where(any_column, num_columns), behind.where(any_column, 0)], -1)
 
 
 class Handle(int):
@@ -193,7 +219,7 @@ class TileProgram:
     largest: int
     inlined: bool
     columns: ColumnBounds | None = None
-    segments: tuple[Segments, ...] = ()
+    segments: tuple[Segments | Attended, ...] = ()
     first: tuple[int, int] = (0, 0)
     attends: bool = True
     random: bool = False
@@ -209,26 +235,37 @@ class TileProgram:
         """Ranges of rows."""
         return -(-self.num_rows // self.tile_rows)
 
-    def tiles(self, inputs: Sequence[Tensor] | None = None) -> Iterator[tuple[int, int, int, int]]:
-        """Go through `(first row, behind the last, first column, behind the last)`.
+    def ranges(self, start: int, stop: int, inputs: Sequence[Tensor] | None = None) -> Iterator[tuple[int, int, int, int]]:
+        """Go through `(first row, behind the last, first column, behind the last)` of rows `[start, stop)`, as `columns` counts.
+
+        A range that attends to nothing has its first column behind its last, or at it. Columns may lie beyond those there are.
 
         Args:
+            start: The first row.
+            stop: Behind the last one.
             inputs: The program's inputs, not cut; their values say which columns are not needed. `None`: only positions do.
         """
-        rows, (first_row, first_column) = self.num_rows, self.first
         limits: list[list[list[int]]] = []
-        if inputs is not None:
-            limits = [segments.bounds(inputs, self.tile_rows, first_row, rows).tolist() for segments in self.segments]
-        for index, start in enumerate(range(0, rows, self.tile_rows)):
-            stop = min(start + self.tile_rows, rows)
-            low, high = first_column, first_column + self.num_columns
-            if self.columns:
-                low, high = self.columns(first_row + start, first_row + stop)
+        if inputs is not None and start < stop:
+            limits = [segments.bounds(inputs, self.tile_rows, start, stop - start).tolist() for segments in self.segments]
+        for index, first in enumerate(range(start, stop, self.tile_rows)):
+            behind = min(first + self.tile_rows, stop)
+            low, high = self.columns(first, behind) if self.columns else (0, 2**62)
             for limit in limits:
                 low, high = max(low, limit[index][0]), min(high, limit[index][1])
+            yield first, behind, low, high
+
+    def tiles(self, inputs: Sequence[Tensor] | None = None) -> Iterator[tuple[int, int, int, int]]:
+        """Go through `(first row, behind the last, first column, behind the last)`, counted from `first`.
+
+        Args:
+            inputs: As in `ranges`.
+        """
+        first_row, first_column = self.first
+        for start, stop, low, high in self.ranges(first_row, first_row + self.num_rows, inputs):
             # A kernel wants at least one column; rows that attend to nothing do so with one as with many.
             low = max(0, min(low - first_column, self.num_columns - 1))
-            yield start, stop, low, max(min(high - first_column, self.num_columns), low + 1)
+            yield start - first_row, stop - first_row, low, max(min(high - first_column, self.num_columns), low + 1)
 
     def cut(self, inputs: Sequence[Tensor], tile: tuple[int, int, int, int]) -> list[Tensor]:
         """Return the inputs of one tile."""

@@ -27,7 +27,7 @@ from lightning_autosp.compiler.locality import CONTRACTIONS
 from lightning_autosp.compiler.rule import bound
 from lightning_autosp.compiler.written_out import PRODUCTS, SDPA, SOFTMAX, insert, join_written_out
 
-__all__ = ["Mode", "Region", "RowRegion", "join_attention", "modes"]
+__all__ = ["MaskRegion", "Mode", "Region", "RowRegion", "join_attention", "modes"]
 
 aten = torch.ops.aten
 Mode = tuple[bool, tuple[fx.Node, ...]]
@@ -81,11 +81,32 @@ class Region:
         return node
 
     @property
+    def mask(self) -> fx.Node:
+        """The node that computes the mask, where the value is that of `scaled_dot_product_attention`."""
+        mask = self.exit.args[3]
+        assert isinstance(mask, fx.Node)
+        return mask
+
+    @property
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.body.nodes if node.op == "placeholder"]
 
     def any(self, holds: Callable[[fx.Node], bool]) -> bool:
         return any(holds(node) for node in self.body.nodes if node.op == "call_function")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MaskRegion(Region):
+    """Of a region of `scaled_dot_product_attention` what computes the mask."""
+
+    @property
+    def exits(self) -> list[fx.Node]:
+        (attention,) = super().exits
+        return [attention.args[3]]  # type: ignore[list-item]
+
+    @property
+    def mask(self) -> fx.Node:
+        return self.exit
 
 
 @dataclass(frozen=True, eq=False, repr=False)

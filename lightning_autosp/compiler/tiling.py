@@ -370,9 +370,7 @@ def write_tile(
             per_row = max(per_row, int(torch.Size(tile_shape(node, cut, 1, num_columns[1], most_heads)).numel()))
     by_segments: list[Segments] = []
     if columns is not None and region.segments:
-        mask = region.exit.args[3]
-        assert isinstance(mask, fx.Node)
-        pairs = tuple(em.integer(size) for size in facts.shape(mask))
+        pairs = tuple(em.integer(size) for size in facts.shape(region.mask))
 
         def lookup(table: Table) -> Lookup:
             place = (placeholders.index(table.node), None)
@@ -407,7 +405,7 @@ def write_tile(
         segments=tuple(by_segments),
         first=first,
         attends=not isinstance(region, RowRegion),
-        random=region.any(is_random),
+        random=any(is_random(node) for node, _ in traced),
         autocast=_autocast(region.exits[0].meta["val"].device.type),
     )
     return program, inputs

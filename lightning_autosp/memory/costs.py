@@ -158,8 +158,11 @@ def _own(node: fx.Node, args: Any) -> _Taken:
 
 
 def _across_ranks(node: fx.Node, args: Any) -> _Taken:
-    tensors = [value for value in args if isinstance(value, Tensor)]
-    key = str((node.target, [(value.shape, value.stride(), value.dtype, value.device) for value in tensors], args[len(tensors) :]))
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    call = operators.call_of(args)
+    mask = description(call.mask) if call.mask >= 0 else None
+    sizes = [(value.shape, value.stride(), value.dtype, value.device) for value in tensors]
+    key = str((node.target, sizes, call._replace(mask=0), mask))
     if key not in _tried:
         live, work = LiveBytes(known=tensors), _Work()
         with _fake_mode(tensors), torch.no_grad(), live, work:

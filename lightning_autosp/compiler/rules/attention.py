@@ -5,7 +5,6 @@ Which method computes a call of the operator is chosen when its sizes are known 
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Mapping
@@ -19,16 +18,17 @@ from lightning_autosp.attention.flash import HEADS, WHOLE, arguments, handle_of,
 from lightning_autosp.attention.gather_kv import gather_kv_attention, gather_kv_tiles
 from lightning_autosp.attention.hybrid import hybrid_attention
 from lightning_autosp.attention.masks import column_bounds
+from lightning_autosp.attention.operators import BlockMask
 from lightning_autosp.attention.ring import ring_attention
 from lightning_autosp.attention.select import AttentionMethodError, Choice, Work, choose, halo
-from lightning_autosp.attention.tiles import ColumnBounds, run_tiles
+from lightning_autosp.attention.tiles import run_tiles
 from lightning_autosp.attention.ulysses import head_shares, ulysses_attention, ulysses_tiles
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.capture import is_size
 from lightning_autosp.compiler.emit import Emitter
 from lightning_autosp.compiler.layout import Layout, span_of
 from lightning_autosp.compiler.plan import Form
-from lightning_autosp.compiler.regions import Region
+from lightning_autosp.compiler.regions import MaskRegion, Region
 from lightning_autosp.compiler.rule import Facts, Rule, Sharding, bound, tensor_inputs
 from lightning_autosp.compiler.rules.generic import broadcast_needs
 from lightning_autosp.compiler.rules.views import VIEWS, through_view
@@ -79,11 +79,13 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
         work = _work(em, n, given, (query, key, value), *lengths[:2])
         choice = choose(work, em.attention, user_line(n))
         em.attention_choices[n] = choice
-        if joined:
-            if choice.chosen.method == "gather_kv":
-                return _emit_row_tiles(em, n, parts, halo(work), lengths)
+        if joined and choice.chosen.method == "gather_kv":
+            return _emit_row_tiles(em, n, parts, halo(work), lengths)
+        if joined and choice.chosen.method == "ulysses":
             return _emit_tiles(em, n, parts, work.kv_heads, lengths)
-        mask = None if given["attn_mask"] is None else em.get(given["attn_mask"], None)
+        mask: Any = _emit_mask(em, n, lengths[1]) if joined else None
+        if not joined and given["attn_mask"] is not None:
+            mask = em.get(given["attn_mask"], None)
         options = (given["dropout_p"], given["is_causal"], em.value(given["scale"]))
         return _emit_call(em, choice, parts, mask, options, lengths)
 
@@ -96,13 +98,27 @@ def attention(facts: Facts, node: fx.Node) -> Sharding | None:
 def _emit_call(
     em: Emitter, choice: Choice, parts: tuple[Any, ...], mask: Any, options: tuple[Any, ...], lengths: tuple[Any, ...]
 ) -> fx.Node:
-    chosen = choice.chosen
+    chosen, given = choice.chosen, (*parts, mask, *options, *lengths)
     if chosen.method == "ring":
-        return em.call(ring_attention, (*parts, *options[1:], *lengths))
+        return em.call(ring_attention, given, {"in_zigzag": chosen.in_zigzag})
     if chosen.method == "hybrid":
-        return em.call(hybrid_attention, (*parts, *options[1:], chosen.inside, chosen.outside, *lengths))
-    method = ulysses_attention if chosen.method == "ulysses" else gather_kv_attention
-    return em.call(method, (*parts, mask, *options, *lengths))
+        return em.call(hybrid_attention, (*given, chosen.inside, chosen.outside), {"in_zigzag": chosen.in_zigzag})
+    return em.call(ulysses_attention if chosen.method == "ulysses" else gather_kv_attention, given)
+
+
+def _emit_mask(em: Emitter, node: fx.Node, key_lengths: tuple[int, ...]) -> BlockMask:
+    """Write the program that computes a block of a region's mask."""
+    target, facts = node.target, em.facts
+    assert isinstance(target, Region)
+    shape = [em.integer(size) for size in facts.shape(target.mask)]
+    rows, _, columns = attention_rows(facts, target)
+    assert rows is not None
+    assert columns is not None
+    wanted = (rows.at(len(shape) - 2), None, columns.at(len(shape) - 1))
+    alone = MaskRegion(target.body, target.proof, target.segments)
+    program, inputs = write_tile(em, alone, [wanted], [shape], shape[-2], num_columns=(shape[-1], max(key_lengths)))
+    others: Any = tuple(em.get(node.args[index], None) for index, _ in inputs)
+    return BlockMask(program.handle, others)
 
 
 def _work(
@@ -115,15 +131,17 @@ def _work(
 ) -> Work:
     """Describe a call of the operator to those who choose a method for it."""
     query, key, value = ([em.integer(size) for size in em.facts.shape(x)] for x in inputs)
-    target, mask, columns = node.target, "", None
-    pairs: tuple[int, ...] = ()
+    target, mask, bounds, not_in_blocks = node.target, "", None, ""
     if isinstance(target, Region):
         mask = "of the batch's data" if target.proof is None else target.proof.text
         bounds = None if target.proof is None else column_bounds(target.proof, em.sizes)
-        if bounds is not None:
-            columns, pairs = _attended(bounds, query_lengths, sum(key_lengths))
+        not_in_blocks = _not_in_blocks(em.facts, target)
     elif given["attn_mask"] is not None:
         mask = "kept whole"
+        if given["attn_mask"].meta["val"].dtype is not torch.bool:
+            not_in_blocks = "its mask is numbers that are added to scores, and blocks of keys want one of truth values"
+    if mask and not not_in_blocks and len(query) > 4:
+        not_in_blocks = f"it has a mask, and {len(query) - 3} dimensions of samples, and blocks of keys want one"
     return Work(
         batch=math.prod(query[:-3]),
         heads=query[-3],
@@ -136,29 +154,24 @@ def _work(
         element_size=inputs[0].meta["val"].element_size(),
         dropout=bool(given["dropout_p"]),
         mask=mask,
-        columns=columns,
-        pairs=pairs,
+        bounds=bounds,
+        not_in_blocks=not_in_blocks,
     )
 
 
-def _attended(bounds: ColumnBounds, lengths: tuple[int, ...], num_columns: int) -> tuple[Any, tuple[int, ...]]:
-    """Return for each rank which columns its rows attend to, and how many pairs that is, a sixteenth of the rows at a time."""
-    columns, pairs = [], []
-    for start, stop in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
-        low, high = _within(bounds, start, stop, num_columns)
-        columns.append((low, high))
-        step = -(-(stop - start) // 16)
-        tiles = ((first, min(first + step, stop)) for first in range(start, stop, step))
-        ranges = ((behind - first, _within(bounds, first, behind, num_columns)) for first, behind in tiles)
-        pairs.append(sum(rows * (high - low) for rows, (low, high) in ranges))
-    return tuple(columns), tuple(pairs)
-
-
-def _within(bounds: ColumnBounds, start: int, stop: int, num_columns: int) -> tuple[int, int]:
-    """Return the columns that rows attend to; one at least, which kernels want."""
-    low, high = bounds(start, stop)
-    low = max(0, min(low, num_columns - 1))
-    return low, max(min(high, num_columns), low + 1)
+def _not_in_blocks(facts: Facts, target: Region) -> str:
+    """Return why the mask of a region cannot be given to kernels a block at a time; "" if it can."""
+    query, key = (facts.shape(one) for one in target.exit.args[:2])  # type: ignore[arg-type]
+    proof = target.proof
+    if proof is None or proof.formula is None or facts.shape(target.mask)[-2:] != (query[-2], key[-2]):
+        said = "of the batch's data" if proof is None else proof.text
+        return f"its mask ({said}) is not proven to be truth values of pairs, as blocks of keys want them"
+    if not (proof.diagonal or proof.lowest == float("-inf")):
+        return (
+            f"its mask ({proof.text}) adds {proof.lowest:.3g}, and queries that may attend to nothing then weigh all keys alike, "
+            "which blocks of keys cannot"
+        )
+    return ""
 
 
 def flash(facts: Facts, node: fx.Node) -> Sharding | None:
