@@ -24,7 +24,7 @@ from lightning_autosp.memory.policy import CheckpointPolicy
 from lightning_autosp.plan import plan_target
 from lightning_autosp.targets import TargetError, named_object
 
-__all__ = ["TRAINER_COMMANDS", "main"]
+__all__ = ["TRAINER_COMMANDS", "command_parser", "main"]
 
 TRAINER_COMMANDS = {
     "fit": "train",
@@ -44,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments and arguments[0] in TRAINER_COMMANDS:
         return _train(arguments)
+    options = vars(command_parser().parse_args(arguments))
+    return options.pop("run")(**options)
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; LightningCLI's have one of their own."""
     parser = argparse.ArgumentParser(prog="autosp", description="Sequence parallelism for Lightning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, what in TRAINER_COMMANDS.items():
@@ -52,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_plan(commands)
     _add_explain(commands)
     _add_tokens(commands)
-    options = vars(parser.parse_args(arguments))
-    return options.pop("run")(**options)
+    return parser
 
 
 class _SaveConfig(SaveConfigCallback):

@@ -59,7 +59,7 @@ svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); 
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; margin: .4rem 0; list-style: none; padding: 0; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: .15em; margin-right: .35em; }
 pre { overflow: auto; max-height: 30rem; background: var(--soft); padding: .6rem; font-size: .8rem; }
-code { font-size: .9em; }
+code { font-size: .9em; overflow-wrap: anywhere; }
 """
 
 
@@ -91,11 +91,12 @@ def page_of(found: Mapping[str, Any]) -> str:
 
 def _cards(found: Mapping[str, Any]) -> str:
     report, best = found["report"], found["policies"][found["policy"]]
+    policy = found["policy"] if found["policy"] == best["policy"] else f"{found['policy']}: {best['policy']}"
     sent = sum(one["bytes"] for one in found["collectives"])
     fits = ("good", "fits") if found["fits"] else ("bad", "does not fit")
     cards = [
         (f"{format_bytes(best['peak'])} of {format_bytes(found['limit_bytes'])}", f'<span class="{fits[0]}">{fits[1]}</span>'),
-        (found["policy"], f"checkpoint policy, {format_bytes(best['saved'])} kept for backward"),
+        (policy, f"checkpoint policy, {format_bytes(best['saved'])} kept for backward"),
         (str(report["num_local"] + report["num_reductions"]), "operators on parts of the sequence"),
         (str(len(found["attention"])), "attention calls"),
         (f"{len(report['gathered'])} / {len(report['in_full'])}", "values gathered / operators in full"),
@@ -267,7 +268,13 @@ def _attention(calls: Sequence[Mapping[str, Any]]) -> str:
     for one in calls:
         cost = (format_bytes(one["sent"]), f"{one['flops']:.3g}", format_bytes(one["peak"])) if one["chosen"] else ("", "", "")
         kept = f" ({format_bytes(one['mask_bytes'])})" if one["mask_bytes"] else ""
-        row = (one["method"], f"<code>{escape(one['where'])}</code>", escape(one["mask"] + kept), *cost, escape(one["chosen"]))
+        row = (
+            one["method"],
+            f"<code>{escape(one['where'])}</code>",
+            escape(one["mask"] + kept),
+            *cost,
+            escape(one["chosen"]).replace("; ", "<br>"),
+        )
         counts[row] = counts.get(row, 0) + 1
     rows = [(f"{count} x", *row) for row, count in counts.items()]
     heads = ("", "method", "line", "mask", "sent", "FLOPs", "held", "estimated, best first")

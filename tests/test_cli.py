@@ -154,5 +154,5 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    for command in (*TRAINER_COMMANDS, "check", "plan", "tokens"):
+    for command in (*TRAINER_COMMANDS, "check", "plan", "explain", "tokens"):
         assert f"\n    {command} " in out

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from lightning_autosp.__main__ import main
+from lightning_autosp.cli import command_parser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -171,6 +172,14 @@ def check_cluster(line: str) -> None:
         assert Path(words[command + 3]).name == "cluster.yaml"
     else:
         assert not words, line
+
+
+def test_commands_of_the_readme_exist() -> None:
+    """They are about packages that do not."""
+    lines = [line for line in README.splitlines() if line.startswith("autosp ") and not line.startswith("autosp fit")]
+    assert len(lines) == 3
+    for line in lines:
+        assert command_parser().parse_args(shlex.split(line, comments=True)[1:]).run, line
 
 
 # Messages.
