@@ -3,18 +3,20 @@
     python benchmarks/coverage.py [--only llama,bert] [--family moe] [--implementations sdpa,eager] [--jobs 2] [--verbose]
 
 Every row of the table is one tiny model (`benchmarks/zoo.py`) with one attention implementation, measured in a process of its own:
-its training loss is computed in float64 on one device and on simulated ranks, and loss and gradients are compared.
+its training loss is computed in float64 on one device and on several ranks, and loss and gradients are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -64,52 +66,53 @@ def child(name: str, implementation: str, num_ranks: int, *, as_is: bool) -> Non
 
 
 def compare(example: Example, num_ranks: int) -> Row:
-    """Compare a module on simulated ranks with the same module on one device."""
+    """Compare a module on several ranks with the same module on one device: in pieces if Python cuts it."""
     import torch
 
     from lightning_autosp.compiler.report import StrictModeError
 
     module = example.module
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    before = copy.deepcopy(module)
     want = module(*example.inputs)
     want.backward()
     gradients = {name: p.grad for name, p in module.named_parameters()}
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
-    for parameter in module.parameters():
-        parameter.grad = None
+    example = replace(example, module=before)
+    why: Row = {}
     try:
-        losses, by_rank, report, captured = simulate(example, num_ranks)
-    except StrictModeError as error:  # not one graph
-        return failure(error.__cause__ or error)
+        try:
+            losses, by_rank, found = simulate(replace(example, module=copy.deepcopy(before)), num_ranks)
+        except StrictModeError as error:  # not one graph
+            why = failure(error.__cause__ or error)
+            if why["status"] != "cut":
+                return why
+            torch._dynamo.reset()
+            losses, by_rank, found = run_pieces(example, num_ranks)
+            found["cut"] = {key: why[key] for key in ("reason", "where")}
     except Exception as error:  # noqa: BLE001 -- whatever it is becomes the row
         return failure(error)
 
-    loss_error = max(abs(loss.item() - want.item()) / max(abs(want.item()), 1e-300) for loss in losses)
+    loss_error = max(abs(loss - want.item()) / max(abs(want.item()), 1e-300) for loss in losses)
     floor = FLOOR * max((g.norm().item() for g in gradients.values() if g is not None), default=0.0)
     errors = {name: max(distance(of_rank[name], gradient, floor) for of_rank in by_rank) for name, gradient in gradients.items()}
     worst = max(errors, key=lambda name: errors[name])
-    precision = narrowest(captured)
-    loss_limit, limit = TOLERANCES[precision]
+    loss_limit, limit = TOLERANCES[found["precision"]]
     return {
         "status": "exact" if loss_error <= loss_limit and errors[worst] <= limit else "not exact",
-        "precision": precision,
         "loss_error": loss_error,
         "gradient_error": errors[worst],
         "worst_parameter": worst,
         "wrong_parameters": [name for name, error in errors.items() if error > limit],
         "num_parameters": len(errors),
-        "num_sharded": report.num_local + report.num_reductions,
-        "num_data": report.num_data,
-        "gathered": [fallback(one) for one in report.gathered],
-        "in_full": [fallback(one) for one in report.in_full],
-        "attention": [{"method": call.method, "mask": call.mask, "where": shortened(call.where)} for call in report.attention],
+        **found,
     }
 
 
-def simulate(example: Example, num_ranks: int) -> tuple[list[Tensor], list[dict[str, Tensor | None]], Any, Any]:
-    """Lower a module and return every rank's loss, every rank's gradients, the report and the captured graph."""
+Ranks = tuple[list[float], list[dict[str, "Tensor | None"]], Row]
+"""Every rank's loss, every rank's gradients, and what became of the graphs."""
+
+
+def simulate(example: Example, num_ranks: int) -> Ranks:
+    """Run a module on simulated ranks, as one graph."""
     from lightning_autosp.check import Simulation
     from lightning_autosp.compiler.report import Report
     from lightning_autosp.step import CompiledStep
@@ -122,7 +125,71 @@ def simulate(example: Example, num_ranks: int) -> tuple[list[Tensor], list[dict[
     assert run is not None
     losses = run.everywhere(loss)
     simulation.backward(losses)
-    return losses, simulation.gradients(), run.report, run.step.captured
+    return [one.item() for one in losses], simulation.gradients(), found_in([run.report], [run.step.captured])
+
+
+def run_pieces(example: Example, num_ranks: int) -> Ranks:
+    """Run a module in pieces: on processes, for what Dynamo does about what it cannot trace is a process's matter."""
+    import torch
+    from torch.multiprocessing import start_processes
+
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(run_rank, (example, num_ranks, folder), nprocs=num_ranks, start_method="fork")
+        ranks = [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(num_ranks)]
+    return [rank["loss"] for rank in ranks], [rank["gradients"] for rank in ranks], ranks[0]["found"]
+
+
+def run_rank(rank: int, example: Example, num_ranks: int, folder: str) -> None:
+    """Run one of the processes and leave its results in a folder."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from lightning_autosp.collectives import Group
+    from lightning_autosp.compiler.capture import Captured
+    from lightning_autosp.compiler.report import Report
+    from lightning_autosp.compiler.specialise import Compiler, LoweredStep
+    from lightning_autosp.parameters import ModuleParameters
+    from lightning_autosp.step import CompiledStep
+
+    graphs: list[Captured] = []
+
+    class Remembering(Compiler):
+        def __call__(self, *args: Any) -> Any:
+            step = super().__call__(*args)
+            graphs.extend([step.captured] if isinstance(step, LoweredStep) else [])
+            return step
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
+    mesh = init_device_mesh("cpu", (num_ranks,))
+    group, report = Group(mesh.get_group().group_name, num_ranks, rank), Report()
+    compiler = Remembering(mesh, group, "aot_eager", report, "forward", rank_seed=rank)
+    parameters = ModuleParameters(example.module, mesh, group, sharded=False)
+    step: Any = CompiledStep(example.module, "forward", compiler, parameters, example.sequence_dim)
+    loss = step(*example.inputs)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in example.module.named_parameters()}
+    found = {"num_pieces": len(report.steps), **found_in(report.steps, graphs)}
+    torch.save({"loss": loss.item(), "gradients": gradients, "found": found}, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def found_in(reports: list[Any], graphs: list[Any]) -> Row:
+    """Return what became of the graphs, as plain data."""
+    by_python = [what for report in reports for crossing in report.crossings for what in crossing.gathers]
+    return {
+        "precision": "float32" if any(narrowest(captured) == "float32" for captured in graphs) else "float64",
+        "num_sharded": sum(report.num_local + report.num_reductions for report in reports),
+        "num_data": sum(report.num_data for report in reports),
+        "gathered": [fallback(one) for report in reports for one in report.gathered]
+        + [{"name": "Python", "where": shortened(what), "source": "", "reason": "wanted at a cut"} for what in by_python],
+        "in_full": [fallback(one) for report in reports for one in report.in_full],
+        "attention": [
+            {"method": call.method, "mask": call.mask, "where": shortened(call.where)}
+            for report in reports
+            for call in report.attention
+        ],
+    }
 
 
 def distance(got: Tensor | None, want: Tensor | None, floor: float) -> float:
@@ -223,7 +290,7 @@ def unsharded(row: Row) -> bool:
     """Whether a step was compared of which nothing is sharded."""
     if row["status"] not in COMPARED:
         return False
-    return row["num_sharded"] == 0 or any(one["name"] == "the whole step" for one in row["in_full"])
+    return row["num_sharded"] == 0 or ("cut" not in row and any(one["name"] == "the whole step" for one in row["in_full"]))
 
 
 def grouped(texts: Iterable[str]) -> list[str]:
@@ -246,6 +313,7 @@ def details(row: Row) -> list[str]:
 def headline(row: Row) -> str:
     """Return one line for a terminal."""
     start = f"{row['name']:<32} {row['implementation']:<6} {row['status']:<14}"
+    start += f" {row['num_pieces']} pieces," if "cut" in row else ""
     if row["status"] not in COMPARED:
         return f"{start} {row['reason'][:150]} {row.get('where', '')}"
     counts = f"{row['num_sharded']} sharded, {len(row['gathered'])} gathered, {len(row['in_full'])} in full"
@@ -292,11 +360,11 @@ def summary(rows: list[Row]) -> list[str]:
         clean = [row for row in exact if not row["in_full"] and not row["gathered"]]
         counts = Counter(row["status"] for row in own)
         lines.append(
-            [family, len({row["name"] for row in own}), len(own), counts["exact"] + counts["not exact"], len(exact), len(clean)]
-            + [sum(map(unsharded, exact)), counts["not exact"], counts["cut"], counts["error"]]
+            [family, len({row["name"] for row in own}), len(own), len(exact), len(clean), sum(map(unsharded, exact))]
+            + [sum("cut" in row for row in own), counts["not exact"], counts["error"]]
         )
-    head = ["family", "architectures", "rows", "one graph", "exact", "nothing gathered or in full", "nothing sharded"]
-    return table([*head, "not exact", "graph cut", "error"], lines)
+    head = ["family", "architectures", "rows", "exact", "nothing gathered or in full", "nothing sharded", "in pieces"]
+    return table([*head, "not exact", "error"], lines)
 
 
 def line_of(row: Row) -> list[object]:
@@ -304,9 +372,10 @@ def line_of(row: Row) -> list[object]:
     start = [row["name"], row["family"], row["implementation"]]
     end = [f"{row['seconds']:.0f}", row["note"]]
     if row["status"] not in COMPARED:
-        return [*start, {"cut": "graph cut", "error": "**error**"}[row["status"]], *[""] * 6, *end]
+        return [*start, "**error**", *[""] * 6, *end]
     result = "exact" if row["status"] == "exact" else "**not exact**"
     result += " (float32)" if row["precision"] == "float32" else ""
+    result += f", in {row['num_pieces']} pieces" if "cut" in row else ""
     result += ", nothing sharded" if unsharded(row) else ""
     errors = [f"{row['loss_error']:.0e}", f"{row['gradient_error']:.0e}"]
     calls = grouped(call["method"] + (f", {call['mask']}" if call["mask"] else "") for call in row["attention"])
@@ -331,14 +400,15 @@ Python {platform.python_version()}, on CPU. Do not edit.
 
 Each row is a tiny model built from a configuration (`benchmarks/zoo.py`: mostly two layers, random weights, nothing
 downloaded), with its training loss and the gradient of every parameter computed on one device and on {options.num_ranks}
-simulated ranks, in float64. It is *exact* if the loss is within {loss:g} relative and the norm of every gradient's error
-within {gradient:g} of the gradient's norm (or of {FLOOR:g} of the model's largest, where that is more: some gradients are
-zero but for rounding).
+ranks (simulated, or processes where the step is in pieces), in float64. It is *exact* if the loss is within {loss:g} relative and
+the norm of every gradient's error within {gradient:g} of the gradient's norm (or of {FLOOR:g} of the model's largest, where that is
+more: some gradients are zero but for rounding).
 {"" if options.as_is else widened}
 *Sharded* counts operators that run on a rank's part of the sequence, *gathered* values that are made whole for an operator
-that wants them so, *in full* operators that every rank runs on the whole sequence. A graph that is *cut* cannot be captured
-whole: the strategy runs it in pieces, which is not measured here. In an *error* row the compiler itself fails. Attention
-implementations that an architecture does not have are left out; *none* is a model without attention.
+that wants them so, *in full* operators that every rank runs on the whole sequence. Where Python looks at data or does what
+cannot be captured, a step is *in pieces*, as the strategy runs it: what Python gathers between them counts as gathered. In an
+*error* row the compiler itself fails. Attention implementations that an architecture does not have are left out; *none* is a model
+without attention.
 
 ## Summary
 """
@@ -348,11 +418,14 @@ implementations that an architecture does not have are left out; *none* is a mod
         counts = Counter(implementation for _, implementation in missing)
         text += "\nNot measured this time: " + ", ".join(f"{n} rows of {name} attention" for name, n in counts.items()) + ".\n"
     lines = [text, *summary(rows), "", "## Architectures", "", *table(head, map(line_of, rows)), ""]
-    failed = [row for row in rows if row["status"] not in COMPARED]
-    if failed:
-        lines += ["## Not one graph", ""]
-        lines += [f"- {row['name']}, {row['implementation']} ({row['status']}): {row['reason']} ({row['where']})" for row in failed]
-        lines += [""]
+    for heading, whys in {
+        "Errors": [(row, row) for row in rows if row["status"] not in COMPARED],
+        "In pieces, because": [(row, row["cut"]) for row in rows if "cut" in row],
+    }.items():
+        if whys:
+            lines += [f"## {heading}", ""]
+            lines += [f"- {row['name']}, {row['implementation']}: {why['reason']} ({why['where']})" for row, why in whys]
+            lines += [""]
     for key, title in (("in_full", "In full, by operator"), ("gathered", "Gathered, by operator")):
         counts = fallbacks(rows, key)
         if counts:

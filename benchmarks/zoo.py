@@ -11,7 +11,7 @@ import importlib.machinery
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -564,7 +564,7 @@ for name in ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano"):
     if name == "longt5":
         settings |= {"local_radius": 7}
     if name == "switch_transformers":
-        settings |= {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+        settings |= {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "router_jitter_noise": 0.0}
     if name == "pop2piano":
         continue
     translator(name, name, settings)
@@ -669,12 +669,26 @@ image("hiera", "hiera", {"embed_dim": 16, "image_size": [32, 32], "patch_size": 
     "query_stride": [2, 2]}, size=(32, 16), **FREE)  # fmt: skip
 
 
+class MaskedByContent(nn.Module):
+    """A masked autoencoder that hides the brightest patches, for those that it draws are others every time."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        size = self.loss.model.config.patch_size
+        self.loss.fixed["noise"] = nn.functional.avg_pool2d(pixel_values.mean(1, keepdim=True), size).flatten(1)
+        return self.loss(pixel_values)
+
+
 def masked_autoencoder(attention: str) -> Example:
     config = configuration("vit_mae", **VIT, decoder_num_attention_heads=4, decoder_hidden_size=32, decoder_num_hidden_layers=1,
         decoder_intermediate_size=64, mask_ratio=0.5)  # fmt: skip
-    keep = torch.rand(BATCH, 15, generator=torch.Generator().manual_seed(4))
-    inputs = {"pixel_values": noise(BATCH, 3, 20, 12), "noise": keep.to(torch.get_default_dtype())}
-    return make("ViTMAEForPreTraining", config, attention, inputs, 2, interpolate_pos_encoding=True)
+    example = make(
+        "ViTMAEForPreTraining", config, attention, {"pixel_values": noise(BATCH, 3, 20, 12)}, 2, interpolate_pos_encoding=True
+    )
+    return replace(example, module=MaskedByContent(example.module))
 
 
 def dinov3(attention: str) -> Example:

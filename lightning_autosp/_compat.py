@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -81,6 +81,7 @@ __all__ = [
     "is_traced",
     "is_updated",
     "make_fx",
+    "max_pool1d",
     "mark_dynamic",
     "marked_for_now",
     "mesh_without_group",
@@ -124,6 +125,25 @@ class FunctionalTensorMode(_FunctionalTensorMode):
 def from_fun(tensor: Any) -> Any:
     """Return what a functional tensor wraps, its pending updates applied."""
     return _from_fun(tensor)
+
+
+def max_pool1d(
+    x: torch.Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil_mode: bool = False,
+) -> torch.Tensor:
+    """`aten.max_pool1d` in two dimensions; see there."""
+    sizes = ([1, *kernel_size], [1, *(stride or kernel_size)], [0, *padding], [1, *dilation])
+    wide: torch.Tensor = torch.ops.aten.max_pool2d.default(x.unsqueeze(-2), *sizes, ceil_mode)
+    return wide.squeeze(-2)
+
+
+# PyTorch's own kernel reads sizes as integers, which fixes the length that Dynamo traces it with.
+if torch._C.DispatchKey.CompositeImplicitAutograd not in torch.ops.aten.max_pool1d.default.py_kernels:
+    torch.ops.aten.max_pool1d.default.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(max_pool1d)
 
 
 def node_of(value: Any, tracer: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +30,8 @@ from lightning_autosp import _compat
 from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
 from lightning_autosp.batches import SequenceDim, call_tensors, sequences
 from lightning_autosp.collectives import Group
+from lightning_autosp.compiler.backend import OnGraph, Partition
+from lightning_autosp.compiler.capture import Captured
 from lightning_autosp.compiler.emit import Program
 from lightning_autosp.compiler.report import Report, StepReport, StrictModeError
 from lightning_autosp.compiler.rules.random import is_random
@@ -36,11 +39,22 @@ from lightning_autosp.compiler.simulate import run_ranks
 from lightning_autosp.compiler.specialise import Compiler, LoweredStep
 from lightning_autosp.data.agreement import batch_error
 from lightning_autosp.lines import user_line
-from lightning_autosp.parameters import Entry, enter_parameter, own_rows
+from lightning_autosp.parameters import Entry, ModuleParameters, enter_parameter, own_rows
 from lightning_autosp.step import CompiledStep
 from lightning_autosp.targets import STEP_LOADERS, TargetError, headline, load_target, step_arguments
 
-__all__ = ["CheckError", "CheckResult", "Comparison", "Probe", "RankParameters", "Run", "Simulation", "check", "check_target"]
+__all__ = [
+    "CheckError",
+    "CheckResult",
+    "Comparison",
+    "Probe",
+    "RankParameters",
+    "RankStep",
+    "Run",
+    "Simulation",
+    "check",
+    "check_target",
+]
 
 TOLERANCES = {
     torch.float64: (1e-10, 1e-10),
@@ -101,7 +115,7 @@ class CheckResult:
         length: Positions of the batch's sequences.
         num_ranks: Simulated ranks.
         precision: What was computed in.
-        traced: Whether the step is one graph. If not, it still runs, its cuts made whole, but is not compared.
+        traced: Whether the step is one graph. If not, it runs, and is compared, in pieces.
         complete: Whether the loss and the gradients, or all values if there is no loss, were compared.
         comparisons: Every value and gradient, the worst rank of each.
         probes: Every token that was changed.
@@ -325,7 +339,7 @@ class Simulation:
             emitted = [step.emit(sizes, one.group, one) for one in self.parameters]
             programs = [program for _, program in emitted]
             for program in programs:
-                _return_updates(program)
+                _return_updates(program.module)
             report = StepReport.of(step.compiler.kind, *emitted[0], step.captured.symbols)
             report.compile_s = time.perf_counter() - start
             step.compiler.report.add(report)
@@ -353,15 +367,15 @@ class _SimulatedCompiler(Compiler):
         return run
 
 
-def _return_updates(program: Program) -> None:
+def _return_updates(module: fx.GraphModule) -> None:
     """Make a program return what it would update in place after its outputs: eager autograd may have saved the old values."""
-    graph = program.module.graph
+    graph = module.graph
     updates = [node for node in graph.nodes if node.target is torch.ops.aten.copy_.default]
     output = graph.output_node()
     output.args = ((output.args[0], [node.args[1] for node in updates]),)
     for node in updates:
         graph.erase_node(node)
-    program.module.recompile()
+    module.recompile()
 
 
 def _detached(value: Any) -> Any:
@@ -385,10 +399,10 @@ def _reached(graph: fx.Graph, sources: set[fx.Node], *, floating: bool = False) 
 
 @dataclass
 class _Observed:
-    """What one call of the step gave: by name, every rank's value; by parameter, the gradient."""
+    """What one call of the step gave: by name, every rank's value; by parameter, the gradient, of every rank that has it whole."""
 
     values: dict[str, list[Tensor]]
-    gradients: dict[str, Tensor | None]
+    gradients: dict[str, list[Tensor | None]]
     loss: str | None
     """The name of the value that was differentiated."""
     random: set[str]
@@ -415,10 +429,10 @@ class _OneDevice:
         for name, value in dictionary.items():
             self._log(name, value)
 
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Observed:
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> _Observed:
         """Call the step, differentiate what it returns and collect everything it leaves."""
         self._logged.clear()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         with torch.set_grad_enabled(self.method not in ("validation_step", "test_step", "predict_step")):
             result = self._call(args, kwargs)
             everything = dict(self._named(result))
@@ -436,7 +450,8 @@ class _OneDevice:
                     )
                 name = next((name for name, value in named.items() if value is loss), None)
                 self._backward(loss)
-        return _Observed(values, self._gradients(), name, random, sequences, opaque)
+        gradients = {parameter: [gradient] for parameter, gradient in self._gradients().items()}
+        return _Observed(values, gradients, name, random, sequences, opaque)
 
     def _named(self, result: Any) -> Iterator[tuple[str, Any]]:
         """Return the names and values of all there is to compare."""
@@ -487,6 +502,11 @@ class _Lowered(_OneDevice):
         """The last run; `None` if the step is not one graph."""
         return None if self.report.breaks else self.simulation.last
 
+    @property
+    def graphs(self) -> list[Captured]:
+        """The graph that ran last; none if the step is not one graph."""
+        return [self.run.step.captured] if self.run else []
+
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for parameters in self.simulation.parameters:
             for leaf in parameters.leaves.values():
@@ -529,6 +549,93 @@ class _Lowered(_OneDevice):
                 filled = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(leaves, parts, strict=True)]
                 whole[name] = torch.cat(filled) if original.ndim else filled[0]
         return whole
+
+
+@dataclass
+class _PieceCompiler(Compiler):
+    """Runs programs operator by operator: AOTAutograd cannot trace under what simulates collectives."""
+
+    graphs: list[Captured] = field(default_factory=list, kw_only=True)
+    """What was captured."""
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        step = super().__call__(gm, example_inputs)
+        if isinstance(step, LoweredStep):
+            self.graphs.append(step.captured)
+        return step
+
+    def compile(
+        self, module: fx.GraphModule, inputs: Sequence[Tensor], on_graph: OnGraph, partition: Partition | None = None
+    ) -> Callable[..., Any]:
+        names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+        updates = [names.index(node.args[0].name) for node in module.graph.nodes if node.target is torch.ops.aten.copy_.default]
+        _return_updates(module)
+
+        def run(*inputs: Any) -> Any:
+            outputs, new = module(*(x.clone() if index in updates else x for index, x in enumerate(inputs)))
+            for index, value in zip(updates, new, strict=True):
+                inputs[index].copy_(value)
+            return outputs
+
+        return run
+
+
+class RankStep:
+    """A module's step as one rank of a simulated group runs it, cut in pieces where Python cuts it.
+
+    To be called under `run_ranks`, by every rank with a copy of the module of its own.
+
+    Attributes:
+        report: What the compiler did.
+        graphs: What it captured.
+    """
+
+    def __init__(
+        self, module: nn.Module, kind: str, group: Group, *, sequence_dim: SequenceDim = 1, attention: AttentionMethod = "auto"
+    ) -> None:
+        self.report, self.graphs = Report(), list[Captured]()
+        mesh = _compat.mesh_without_group(group.size)
+        options = AttentionOptions(attention)
+        compiler = _PieceCompiler(
+            mesh, group, "aot_eager", self.report, kind, rank_seed=group.rank, attention=options, graphs=self.graphs
+        )
+        parameters = ModuleParameters(module, None, group, sharded=False)  # type: ignore[arg-type]
+        self._step = CompiledStep(module, kind, compiler, parameters, sequence_dim)  # type: ignore[arg-type]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(*args, **kwargs)
+
+
+class _Rank(_OneDevice):
+    def __init__(self, module: nn.Module, method: str, group: Group, sequence_dim: SequenceDim, attention: AttentionMethod) -> None:
+        super().__init__(module, method)
+        self.step = RankStep(module, method, group, sequence_dim=sequence_dim, attention=attention)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.module.zero_grad()
+        return self.step(*args, **kwargs)
+
+
+class _InPieces:
+    """Copies of the module, one a simulated rank, whose steps are cut in pieces."""
+
+    def __init__(self, modules: Sequence[nn.Module], method: str, sequence_dim: SequenceDim, attention: AttentionMethod) -> None:
+        size = len(modules)
+        self._ranks = [
+            _Rank(module, method, Group("simulated", size, rank), sequence_dim, attention) for rank, module in enumerate(modules)
+        ]
+        self.report, self.graphs = self._ranks[0].step.report, self._ranks[0].step.graphs
+
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Observed:
+        """Call the step on every rank and collect what all of them leave."""
+        # Ranks have code in common, and guards of their own.
+        limit = torch._dynamo.config.recompile_limit * len(self._ranks)
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            by_rank = run_ranks(len(self._ranks), lambda rank: self._ranks[rank].observe(*_copied((args, kwargs))))
+        first = by_rank[0]
+        values = {name: [one.values[name][0] for one in by_rank] for name in first.values}
+        gradients = {name: [one.gradients[name][0] for one in by_rank] for name in first.gradients}
+        return dataclasses.replace(first, values=values, gradients=gradients)
 
 
 def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -585,13 +692,19 @@ def _difference(got: Tensor, want: Tensor, tolerance: float, floor: float) -> tu
     return error, f"relative error {error:.2e} (allowed {tolerance:.0e}){_shown(got, want)}" if error > tolerance else ""
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.shape == other.shape and torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
+    )
+
+
 def _shown(got: Tensor, want: Tensor) -> str:
     return f": {got.item():.9g}, one device {want.item():.9g}" if want.numel() == 1 else ""
 
 
-def _largest(gradients: Mapping[str, Tensor | None]) -> float:
+def _largest(gradients: Mapping[str, list[Tensor | None]]) -> float:
     """Return the norm of the largest gradient."""
-    return max((float(one.norm()) for one in gradients.values() if one is not None), default=0.0)
+    return max((float(one.norm()) for ranks in gradients.values() for one in ranks if one is not None), default=0.0)
 
 
 def _comparisons(got: _Observed, want: _Observed, tolerance_of: Callable[[Tensor], float]) -> Iterator[Comparison]:
@@ -606,16 +719,17 @@ def _comparisons(got: _Observed, want: _Observed, tolerance_of: Callable[[Tensor
     if got.loss in got.random:
         return
     largest = _largest(want.gradients)
-    for name, gradient in want.gradients.items():
+    for name, (gradient,) in want.gradients.items():
         lowered = got.gradients[name]
-        if gradient is None and lowered is None:
+        some = next((one for one in (gradient, *lowered) if one is not None), None)
+        if some is None:
             continue
         # Likewise the gradient of a key's bias: held to a tenth of the tolerance of the largest gradient.
-        zero = torch.zeros_like(lowered if gradient is None else gradient)  # type: ignore[arg-type]
+        zero = torch.zeros_like(some)
         tolerance = tolerance_of(zero.reshape(-1))
         yield _compare(
             f"gradient of {name}",
-            [zero if lowered is None else lowered],
+            [zero if one is None else one for one in lowered],
             zero if gradient is None else gradient,
             tolerance,
             largest / 10,
@@ -644,38 +758,66 @@ class _Check:
     """A check in progress: fills a `CheckResult`."""
 
     def __init__(
-        self, result: CheckResult, one: _OneDevice, lowered: _Lowered, inputs: Any, sequence_dim: SequenceDim, rtol: float | None
+        self,
+        result: CheckResult,
+        one: _OneDevice,
+        lowered: _Lowered,
+        in_pieces: Callable[[], tuple[_InPieces, _OneDevice]],
+        inputs: Any,
+        sequence_dim: SequenceDim,
+        rtol: float | None,
     ) -> None:
-        self.result, self.one, self.lowered, self.inputs = result, one, lowered, inputs
-        self.sequence_dim, self.rtol = sequence_dim, rtol
+        self.result, self.one, self.inputs = result, one, inputs
+        self.lowered: _Lowered | _InPieces = lowered
+        self.in_pieces, self.sequence_dim, self.rtol = in_pieces, sequence_dim, rtol
         self._coarsest = torch.float64
 
     def fill(self, want: _Observed) -> None:
         """Compare the lowered step with `want`, which is what one device gave, and change tokens."""
         result = self.result
         got = self._observe_lowered(self.inputs)
+        if got is not None and not self.lowered.graphs:
+            got = self._cut(want)
         if got is None:
             return
-        run = self.lowered.run
-        if run is None:
-            result.traced = False
-            result.skipped += [
-                f"anything: not one graph, at {one.where}: {one.reason}. Its pieces exchange whole values: right, but unverified"
-                for one in result.report.breaks
-            ] or ["anything: torch.compile captured no graph (the step computes nothing, or compilation is disabled)"]
-            return
-        self._find_precision(run)
+        graphs = self.lowered.graphs
+        self._find_precision(graphs)
         result.skipped += [f"{name}: a {kind} is not looked into" for name, kind in want.opaque.items()]
         if want.loss is None:
             result.skipped.append("gradients: the step returns nothing that has one")
         if got.random:
-            where = sorted({user_line(node) for node in run.step.captured.graph.nodes if is_random(node)})
+            where = sorted({user_line(node) for captured in graphs for node in captured.graph.nodes if is_random(node)})
             names = sorted(got.random) + (["gradients"] if got.loss in got.random else [])
-            result.skipped.append(f"{', '.join(names)}, and tokens changed: random numbers are drawn at {', '.join(where)}")
+            result.skipped.append(
+                f"{', '.join(names)}, and tokens changed: random numbers are drawn at {', '.join(where) or 'a cut'}"
+            )
         result.comparisons = list(_comparisons(got, want, self._tolerance))
         result.complete = got.loss not in got.random if want.loss else bool(result.comparisons)
         if not got.random:
             self._probe(want, got)
+
+    def _cut(self, want: _Observed) -> _Observed | None:
+        """Run the step in pieces on ranks that are simulated together."""
+        result, breaks = self.result, self.result.report.breaks
+        result.traced = False
+        if not breaks:
+            result.skipped.append(
+                "anything: torch.compile captured no graph (the step computes nothing, or compilation is disabled)"
+            )
+            return None
+        if not _compat.DYNAMO_IGNORES_MODES:
+            result.skipped += [
+                f"anything: not one graph, at {one.where}: {one.reason}. This torch simulates no pieces" for one in breaks
+            ]
+            return None
+        self.lowered, other = self.in_pieces()
+        # Which values are random is not seen in pieces, between which anything may happen.
+        args, kwargs = _copied(self.inputs)
+        again = other.observe(args, kwargs, seed=1)
+        random = {name for name, (value,) in want.values.items() if not _same(value, again.values[name][0])}
+        got = self._observe_lowered(self.inputs)
+        result.report = self.lowered.report
+        return got and dataclasses.replace(got, random=random)
 
     def _observe_lowered(self, inputs: Any) -> _Observed | None:
         try:
@@ -684,11 +826,11 @@ class _Check:
             self.result.problems.append(f"the lowered step fails where one device does not: {headline(error)}")
             return None
 
-    def _find_precision(self, run: Run) -> None:
+    def _find_precision(self, graphs: Sequence[Captured]) -> None:
         """Find the dtype with the fewest digits between the parameters and what is returned."""
-        captured = run.step.captured
         where = ""
-        for node in _reached(captured.graph, captured.trainable, floating=True) - set(captured.placeholders):
+        reached = (_reached(one.graph, one.trainable, floating=True) - set(one.placeholders) for one in graphs)
+        for node in itertools.chain.from_iterable(reached):
             for value in pytree.tree_leaves(node.meta.get("val")):
                 if isinstance(value, Tensor) and TOLERANCES.get(value.dtype, (0.0,)) > TOLERANCES[self._coarsest]:
                     self._coarsest, where = value.dtype, user_line(node)
@@ -740,8 +882,8 @@ class _Check:
             # Nothing returned has positions: rows of gradients (of embeddings, say) tell what reached what. One may be zero but for
             # rounding (of a key's bias), whatever changes.
             floor = _largest(one[0].gradients) / 10
-            for name, gradient in one[0].gradients.items():
-                found: list[Any] = [(before.gradients[name], after.gradients[name]) for before, after in (one, lowered)]
+            for name, (gradient,) in one[0].gradients.items():
+                found: list[Any] = [(before.gradients[name][0], after.gradients[name][0]) for before, after in (one, lowered)]
                 if gradient is not None and gradient.numel() and all(value is not None for pair in found for value in pair):
                     compare(f"gradient of {name}", 0 if gradient.ndim else None, found, floor)
         return probe
@@ -796,7 +938,8 @@ def check(
     """Compare a module's step with its lowered form on simulated ranks, on the CPU of this process.
 
     The module, the batch, the process group and the random state stay as they are: copies are computed with, without dropout, in
-    float64 if one device can. Memory: about four times the module's parameters in that precision.
+    float64 if one device can. Memory: about four times the module's parameters in that precision; if Python cuts the step, two
+    times more for every rank.
 
     Args:
         module: A LightningModule; or any module, method of a module or function, which is then called with the batch.
@@ -868,7 +1011,12 @@ def _check(
         notes=list(dict.fromkeys(notes)),
         report=lowered.report,
     )
-    _Check(result, one, lowered, inputs, sequence_dim, rtol).fill(want)
+
+    def in_pieces() -> tuple[_InPieces, _OneDevice]:
+        ranks = [_copy(module, dtype, []) for _ in range(num_ranks)]
+        return _InPieces(ranks, method, sequence_dim, attention), _OneDevice(_copy(module, dtype, []), method)
+
+    _Check(result, one, lowered, in_pieces, inputs, sequence_dim, rtol).fill(want)
     if strict:
         result.problems += _refusals(result)
     return result

@@ -85,8 +85,8 @@ def symbolic_block_masks(module: torch.nn.Module, batch: Any) -> Iterator[None]:
 _Choice = Callable[[Tensor, int], bool]
 """Of dimensions of the module's tensors."""
 
-_Numbers = list[tuple[torch.nn.Module, str]]
-"""Attributes of submodules that are numbers, or lists or tuples of them."""
+_Numbers = list[tuple[Any, str]]
+"""Attributes of submodules, and of what they are configured by, that are numbers, or lists or tuples of them."""
 
 
 class _CaptureAgainError(Exception):
@@ -109,13 +109,22 @@ def _dims(module: torch.nn.Module, chosen: _Choice) -> dict[Tensor, list[int]]:
     return {tensor: dims for tensor, dims in found.items() if dims}
 
 
-def _numbers(module: torch.nn.Module, sizes: set[int]) -> _Numbers:
-    """Return the attributes of submodules that name one of these sizes (`self.image_size`)."""
+def _numbers(module: torch.nn.Module, sizes: set[int]) -> tuple[_Numbers, set[int]]:
+    """Return the attributes of submodules and their `config` that name one of these sizes (`self.image_size`), and what they are.
 
-    def names(value: Any) -> bool:
-        return any(type(one) is int and one in sizes for one in (value if type(value) in (list, tuple) else [value]))
-
-    return [(one, name) for one in module.modules() for name, value in vars(one).items() if names(value)]
+    Where none does, those that name the smallest part of one (`self.config.max_source_positions * 2`).
+    """
+    owners = {id(one): one for submodule in module.modules() for one in (submodule, getattr(submodule, "config", None))}
+    numbers = [
+        (owner, name, {one for one in (value if type(value) in (list, tuple) else [value]) if type(one) is int})
+        for owner in owners.values()
+        for name, value in getattr(owner, "__dict__", {}).items()
+    ]
+    known = {number for *_, found in numbers for number in found}
+    meant = sizes & known or {
+        next((part for part in range(size // 2, 1, -1) if part in known and size % part == 0), 0) for size in sizes
+    }
+    return [(owner, name) for owner, name, found in numbers if found & meant], meant
 
 
 @contextlib.contextmanager
@@ -128,13 +137,13 @@ def _symbolic_numbers(chosen: _Numbers) -> Iterator[None]:
     before = [(owner, name, vars(owner).get(name)) for owner, name in chosen]
     after = [type(old)(map(symbolic, old)) if isinstance(old, (list, tuple)) else symbolic(old) for _, _, old in before]
     for (owner, name, _), new in zip(before, after, strict=True):
-        vars(owner)[name] = new
+        owner.__dict__[name] = new
     try:
         yield
     finally:
         for (owner, name, old), new in zip(before, after, strict=True):
             if vars(owner).get(name) is new:
-                vars(owner)[name] = old
+                owner.__dict__[name] = old
 
 
 _MESSAGES = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
@@ -271,11 +280,13 @@ class CompiledStep:
         fixed = [one for one in captured.fixed if not (one.alone and captured.symbols)]
         sizes = {one.size for one in fixed if one.size >= ranks > 1}
 
+        # Numbers are compared with sizes of the batch, and are not all sizes.
+        numbers, parts = _numbers(self.module, {one.size for one in fixed if one.alone and one.size in sizes})
+        sizes |= {part for part in parts if part >= ranks}
+
         def chosen(tensor: Tensor, dim: int) -> bool:
             return tensor.shape[dim] in sizes
 
-        # Numbers are compared with sizes of the batch, and are not all sizes.
-        numbers = _numbers(self.module, {one.size for one in fixed if one.alone and one.size in sizes})
         if numbers or (sizes and _dims(self.module, chosen)):
             raise _CaptureAgainError(chosen, numbers)
 

@@ -10,20 +10,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 
 from lightning_autosp import _compat
 from lightning_autosp.attention.select import AttentionMethod, AttentionOptions
-from lightning_autosp.check import Simulation
+from lightning_autosp.check import RankStep, Simulation
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.report import Report, StepReport
 from lightning_autosp.compiler.simulate import run_ranks
-from lightning_autosp.compiler.specialise import Compiler, LoweredStep
-from lightning_autosp.parameters import ModuleParameters
-from lightning_autosp.step import CompiledStep
+from lightning_autosp.compiler.specialise import LoweredStep
 
 MAX_RANKS = 8
 
@@ -110,29 +108,6 @@ def assert_exact(
     return lowered
 
 
-class _Uncompiled(Compiler):
-    """AOTAutograd cannot trace under what simulates collectives: programs run operator by operator."""
-
-    def compile(self, module: fx.GraphModule, inputs: Sequence[Tensor], on_graph: Any) -> Callable[..., Any]:
-        names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-        updates = [node for node in module.graph.nodes if node.target is torch.ops.aten.copy_.default]
-        indices = [names.index(node.args[0].name) for node in updates]  # type: ignore[union-attr]
-        output = module.graph.output_node()
-        output.args = ((output.args[0], [node.args[1] for node in updates]),)
-        for node in updates:
-            module.graph.erase_node(node)
-        module.recompile()
-
-        def run(*inputs: Any) -> Any:
-            # Eager autograd may save an input that is updated afterwards.
-            outputs, new = module(*(x.clone() if index in indices else x for index, x in enumerate(inputs)))
-            for index, value in zip(indices, new, strict=True):
-                inputs[index].copy_(value)
-            return outputs
-
-        return run
-
-
 def run_step(
     module: nn.Module, batches: Sequence[Any], kind: str = "training_step", num_ranks: int = 2
 ) -> tuple[list[list[Any]], list[nn.Module], Report]:
@@ -143,14 +118,13 @@ def run_step(
     """
     torch._dynamo.reset()
     modules = [copy.deepcopy(module) for _ in range(num_ranks)]
-    reports = [Report() for _ in range(num_ranks)]
+    reports: list[Report] = []
     grad_enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # a thread has its own
 
     def work(rank: int) -> list[Any]:
-        group, own = Group("simulated", num_ranks, rank), modules[rank]
-        compiler = _Uncompiled(_compat.mesh_without_group(num_ranks), group, "aot_eager", reports[rank], kind, rank_seed=rank)
-        parameters = ModuleParameters(own, None, group, sharded=False)  # type: ignore[arg-type]
-        step = CompiledStep(own, kind, compiler, parameters, 1)  # type: ignore[arg-type]
+        step = RankStep(modules[rank], kind, Group("simulated", num_ranks, rank))
+        if rank == 0:
+            reports.append(step.report)
         with torch.inference_mode(inference), torch.set_grad_enabled(grad_enabled):
             return [_differentiated(step(copy.deepcopy(batch), index)) for index, batch in enumerate(batches)]
 

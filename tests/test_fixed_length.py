@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,6 +210,21 @@ def test_a_length_that_python_compares_is_named() -> None:
     assert whole_step.where.startswith(f"{__file__}:")
     assert whole_step.source == "if x.shape[1] != LENGTH:"
     assert f"the code fixes the sequence length there (to {LENGTH})" in whole_step.reason
+
+
+def as_a_product(module: Any, x: Tensor) -> Tensor:
+    if x.shape[1] != module.config.length * 2:
+        raise ValueError(f"length {x.shape[1]}")
+    return x.unflatten(1, (-1, 2)).mean(2) + module.pos
+
+
+def test_a_length_that_is_compared_with_a_product(captures: list[Any]) -> None:
+    """As Whisper's encoder compares its frames with what its configuration says and its strides."""
+    module = Positions(as_a_product, table(1, LENGTH, 8))
+    module.config = SimpleNamespace(length=LENGTH, width=8)
+    assert_sharded(check(module, torch.randn(2, 2 * LENGTH, 3)))
+    assert len(captures) == 2
+    assert vars(module.config) == {"length": LENGTH, "width": 8}
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

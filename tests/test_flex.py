@@ -21,15 +21,15 @@ from lightning_autosp.attention import tiles
 HEADS, WIDTH, LENGTH = 4, 4, 13
 
 
-@pytest.fixture(autouse=True, params=[None, 2 * LENGTH * 3], ids=["one_tile", "many_tiles"])
-def _tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if request.param is not None:
-        monkeypatch.setattr(tiles, "TILE_ELEMENTS", request.param)
+@pytest.fixture(autouse=True, params=[False, True], ids=["one_tile", "many_tiles"])
+def many_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    if request.param:
+        monkeypatch.setattr(tiles, "TILE_ELEMENTS", 2 * LENGTH * 3)
     # It refuses gradients on the CPU, for want of a fast kernel there: the reference implementation has them.
     monkeypatch.setattr(flex_module, "_validate_device", lambda *args: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is slow where it is not compiled
-        yield
+        yield request.param
 
 
 class Net(nn.Module):
@@ -72,10 +72,9 @@ SCORES: dict[str, Callable[[Net], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("name", MASKS)
-def test_masks(name: str, kv_heads: int) -> None:
-    net = Net(MASKS[name], kv_heads=kv_heads)
+def test_masks(name: str, many_tiles: bool) -> None:
+    net = Net(MASKS[name], kv_heads=2 if many_tiles else HEADS)
     lowered = assert_exact(net, inputs(), net)
     (call,) = lowered.report.attention
     assert call.method == "ulysses"
@@ -109,10 +108,9 @@ class Outside(LightningModule):
         return out.square().mean()
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("name", MASKS)
-def test_block_masks_made_before_the_step(name: str, kv_heads: int) -> None:
-    module = Outside(name=name, kv_heads=kv_heads)
+def test_block_masks_made_before_the_step(name: str, many_tiles: bool) -> None:
+    module = Outside(name=name, kv_heads=2 if many_tiles else HEADS)
     report = assert_step_exact(module, [inputs()[0], inputs()[0]])
     (step,) = report.steps
     assert not step.in_full

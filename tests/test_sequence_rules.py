@@ -60,6 +60,8 @@ WINDOWS: dict[str, Callable[[], nn.Module]] = {
     "average_pool": lambda: nn.AvgPool1d(3, stride=1, padding=1),
     "average_pool_strided": lambda: nn.AvgPool1d(3),
     "average_pool_real_positions": lambda: nn.AvgPool1d(4, stride=2, count_include_pad=False),
+    "max_pool_of_rows": lambda: nn.MaxPool1d(3, 2, 1),
+    "max_pool_of_rows_rounded_up": lambda: nn.MaxPool1d(2, ceil_mode=True),
     "max_pool": lambda: nn.MaxPool2d((1, 3), stride=1, padding=(0, 1)),
     "max_pool_strided": lambda: nn.MaxPool2d(3, stride=2, padding=1),
     "max_pool_dilated": lambda: nn.MaxPool2d((1, 3), stride=1, dilation=2),
@@ -123,6 +125,7 @@ def check_probe(net: Net, length: int, tokens: tuple[int, ...]) -> None:
 
 POSITIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "roll": lambda n, x: x.roll(1, 1) * x,
+    "first_by_number": lambda n, x: n.head(x.flip(1).index_select(1, torch.arange(x.shape[1] - 2))),
     "roll_back_and_features": lambda n, x: x.roll((-3, 2), (1, 2)) * x,
     "roll_by_half": lambda n, x: x.roll(x.shape[1] // 2, 1) * x,
     "flip": lambda n, x: n.head(x.flip(1)) * n.head(x),

@@ -88,7 +88,20 @@ def _type_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return tensor if same else torch.ops.aten._to_copy.default(tensor, dtype=other.dtype, device=other.device)
 
 
-_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: _copy, torch.ops.aten.type_as.default: _type_as}
+def _index_select(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """`aten.index_select` of the first positions is a slice."""
+    made = _compat.node_of(_compat.from_fun(index), _compat.current_tracer())
+    if not isinstance(made, fx.Node) or made.target is not torch.ops.aten.arange.default or index.shape[0] > tensor.shape[dim]:
+        return NotImplemented
+    return torch.ops.aten.slice.Tensor(tensor, dim, 0, index.shape[0])
+
+
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.copy.default: _copy,
+    torch.ops.aten.index_select.default: _index_select,
+    torch.ops.aten.max_pool1d.default: _compat.max_pool1d,
+    torch.ops.aten.type_as.default: _type_as,
+}
 
 
 def capture(gm: fx.GraphModule, parameter_names: dict[int, str], own: Container[int] = ()) -> Captured:
