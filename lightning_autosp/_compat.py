@@ -266,6 +266,36 @@ def mesh_without_group(num_ranks: int) -> DeviceMesh:
     return DeviceMesh("cpu", list(range(num_ranks)), _init_backend=False, _rank=0)
 
 
+def sdpa_kernel(
+    device: str, dtype: torch.dtype, heads: tuple[int, int], widths: tuple[int, int], masked: bool, dropout: float, is_causal: bool
+) -> str:
+    """Return which kernel `scaled_dot_product_attention` takes for a call: PyTorch is asked, with few positions.
+
+    Args:
+        device: Its type.
+        dtype: Of queries, keys and values.
+        heads: Of queries, and of keys and values.
+        widths: Of a head of queries, and of values.
+        masked: Whether there is a mask.
+        dropout: Probability of dropping a weight.
+        is_causal: Whether the flag is set.
+
+    Returns:
+        `"flash"`, `"efficient"`, `"cuDNN"`, `"math"`, ...; "" if there is no such device here.
+    """
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        return ""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+        shapes = [(1, heads[0], 64, widths[0]), (1, heads[1], 64, widths[0]), (1, heads[1], 64, widths[1])]
+        query, key, value = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+        mask = torch.ones(1, 1, 64, 64, dtype=torch.bool, device=device) if masked else None
+        chosen = torch._fused_sdp_choice(query, key, value, mask, dropout, is_causal, enable_gqa=heads[0] != heads[1])
+    names = {"MATH": "math", "FLASH_ATTENTION": "flash", "EFFICIENT_ATTENTION": "efficient", "CUDNN_ATTENTION": "cuDNN"}
+    name = torch.nn.attention.SDPBackend(chosen).name
+    found = names.get(name, name.lower())
+    return f"CPU {found}" if device == "cpu" and found != "math" else found
+
+
 @contextmanager
 def autograd_inside_operator() -> Iterator[None]:
     """Let autograd record within the kernel of a custom operator, which runs below it."""

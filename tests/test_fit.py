@@ -122,10 +122,11 @@ def test_a_ring_is_gone_around_again_in_backward(pool: Pool) -> None:
     assert run["report"]["steps"][0]["memory"]["flops_again"] > 0
 
 
-def test_windows_fetch_from_neighbours(pool: Pool) -> None:
-    run = fit(pool, "HFMistral", {"attention": "gather_kv"}, 4, length=250)
+@pytest.mark.parametrize("method", ["gather_kv", "ring"])
+def test_windows_fetch_from_neighbours(pool: Pool, method: str) -> None:
+    run = fit(pool, "HFMistral", {"attention": method}, 4, length=250)
     assert_same(run, reference(pool, "HFMistral", length=250))
-    assert {call["method"] for call in run["report"]["steps"][0]["attention"]} == {"gather_kv"}
+    assert {call["method"] for call in run["report"]["steps"][0]["attention"]} == {method}
 
 
 def test_tables_of_positions_that_are_added_whole(pool: Pool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_autosp import collectives
-from lightning_autosp.attention import blocks, gather_kv, ring, tiles
+from lightning_autosp.attention import blocks, gather_kv, ring, select, tiles
 from lightning_autosp.attention.gather_kv import gather_kv_attention
 from lightning_autosp.attention.hybrid import hybrid_attention
 from lightning_autosp.attention.ring import ring_attention
@@ -394,6 +394,7 @@ def test_compiled(method: AttentionMethod, mask: str, ranks: int, tile: int | No
     call = assert_exact(net, x, net, num_ranks=ranks, attention=method).report.attention[0]
     assert call.method.startswith(method)
     assert call.chosen.startswith(call.method)
+    assert call.kernel.startswith("CPU flash")
     assert call.mask_bytes == 0
 
 
@@ -409,6 +410,24 @@ def test_a_window_fetches_a_few_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Layer(2, 1, window, False)
     assert_exact(net, (torch.randn(2, 16, 8).double(),), net, num_ranks=4, attention="gather_kv")
     assert fetched == [[(0, 4), (2, 8), (6, 12), (10, 16)]] * 8  # keys and values on four ranks
+
+
+def test_scores_of_all_pairs_are_not_held_of_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dropping(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q(x).view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, q, q, dropout_p=0.1, is_causal=True).square().mean()
+
+    net, x = Dropping(2, 2, None, True), (torch.randn(2, 13, 8).double(),)
+    assert lower(net, x, net, attention="ulysses").report.attention[0].kernel == "math"
+    monkeypatch.setattr(select, "SCORES_LIMIT", 12)
+    reason = (
+        r"'ulysses' cannot .*test_methods.py:\d+: it drops .* 13 positions are too many. Use 'auto', or one of 'gather_kv', 'ring'"
+    )
+    with pytest.raises(AttentionMethodError, match=reason):
+        lower(net, x, net, attention="ulysses")
+    call = lower(net, x, net, attention="auto").report.attention[0]
+    assert (call.method in ("gather_kv", "ring"), call.kernel) == (True, "math, some rows at a time")
 
 
 def test_methods_are_for_the_operator() -> None:
@@ -466,11 +485,13 @@ def test_fewer_heads_than_ranks_leave_none_idle() -> None:
 
 
 def test_a_window_fetches_from_neighbours() -> None:
-    offer = chosen(32, 8, 8, 2**17, bounds=lambda start, stop: (start - 4095, stop), mask="a window", is_causal=False)
+    offer = chosen(
+        32, 8, 8, 2**17, bounds=lambda start, stop: (start - 4095, stop), mask="a window", is_causal=False, in_graph=True
+    )
     assert (offer.method, offer.sent) == ("gather_kv", 2 * 4095 * 8 * 256 * 2)
 
 
-@pytest.mark.parametrize("heads", [(32, 8), (28, 4), (16, 1), (7, 1)])
+@pytest.mark.parametrize("heads", [(32, 8), (28, 4), (16, 1), (7, 1), (2, 1)])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("method", ["ulysses", "gather_kv", "ring", "hybrid"])
 def test_estimated_bytes_are_those_that_are_sent(

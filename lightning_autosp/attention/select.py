@@ -31,6 +31,10 @@ RING_SHARE = 0.75
 """Of the kernels' speed that is left in a ring, whose kernels are smaller and whose results are added up. MagiAttention's own
 measurements on 8 to 64 H100 have rings at 420 to 475 TFLOPS where Ulysses has 557 to 600."""
 
+SCORES_LIMIT = 2**14
+"""Positions beyond which no method may call a kernel that holds the scores of all pairs: it would take the memory, and most of the
+time, of everything else."""
+
 EXCHANGE_SECONDS = 1e-5
 """What an exchange takes beside its bytes."""
 
@@ -81,6 +85,11 @@ class Work:
         bounds: Which keys queries attend to, as far as is known: `(first query, behind the last) -> (first key, behind the last)`;
             `None`: all.
         not_in_blocks: Why the mask cannot be given to kernels a block at a time; "" if it can.
+        in_graph: Whether gathered keys go to PyTorch's operator, in tiles or because numbers are added to scores; else a block at a
+            time to kernels.
+        in_tiles: Whether PyTorch's operator is called on some queries at a time.
+        kernel: What PyTorch's operator runs; "" if that is not known.
+        block_kernel: What runs for blocks of keys.
     """
 
     batch: int
@@ -96,6 +105,16 @@ class Work:
     mask: str = ""
     bounds: ColumnBounds | None = None
     not_in_blocks: str = ""
+    in_graph: bool = False
+    in_tiles: bool = False
+    kernel: str = ""
+    block_kernel: str = ""
+
+    def kernel_of(self, method: str) -> str:
+        """Return what runs if a method computes the call."""
+        by_operator = method == "ulysses" or (method == "gather_kv" and self.in_graph)
+        name, in_tiles = (self.kernel, self.in_tiles) if by_operator else (self.block_kernel, self.block_kernel == "math")
+        return f"{name}, some rows at a time" if name and in_tiles else name
 
     @property
     def ranks(self) -> int:
@@ -172,10 +191,11 @@ class Offer:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and what else there was."""
+    """What was chosen, what else there was, and which kernel runs, if that is known."""
 
     chosen: Offer
     others: tuple[Offer, ...]
+    kernel: str = ""
 
 
 def choose(work: Work, options: AttentionOptions, where: str) -> Choice:
@@ -191,15 +211,17 @@ def choose(work: Work, options: AttentionOptions, where: str) -> Choice:
     """
     offers = [_OFFERS[name](work, options) for name in METHODS]
     chosen = min(offers, key=lambda offer: offer.seconds)
+    if chosen.refusal:
+        raise AttentionMethodError(f"No method can compute the attention at {where}. {'; '.join(map(str, offers))}.")
     if options.method != "auto":
         chosen = next(offer for offer in offers if offer.method == options.method)
         if chosen.refusal:
             possible = ", ".join(repr(offer.method) for offer in offers if not offer.refusal)
             raise AttentionMethodError(
                 f"attention={options.method!r} cannot compute the attention at {where}: {chosen.refusal}. Use 'auto', or one of "
-                f"{possible}."
+                f"{possible or 'none'}."
             )
-    return Choice(chosen, tuple(offer for offer in offers if offer is not chosen))
+    return Choice(chosen, tuple(offer for offer in offers if offer is not chosen), work.kernel_of(chosen.method))
 
 
 def halo(work: Work) -> tuple[tuple[int, int], ...] | None:
@@ -232,18 +254,35 @@ def _compute_seconds(flops: float, options: AttentionOptions) -> float:
     return flops / (options.flops * KERNEL_SHARE)
 
 
+def _too_long(work: Work) -> str:
+    """Return why PyTorch's operator may not be called on whole keys; "" if it may."""
+    length = sum(work.key_lengths)
+    if work.kernel != "math" or work.in_tiles or length <= SCORES_LIMIT:
+        return ""
+    why = "drops weights" if work.dropout else f"has {work.heads}:{work.kv_heads} heads of {work.width} and {work.value_width}"
+    return f"it {why}, for which PyTorch has no kernel here but the one that holds all scores, and {length} positions are too many"
+
+
 def _ulysses(work: Work, options: AttentionOptions) -> Offer:
+    if refusal := _too_long(work):
+        return Offer("ulysses", refusal=refusal)
     ranks = work.ranks
     shares = head_shares(work.heads, work.kv_heads, ranks)
     most = max(share.num_queries for share in shares)
     keys = max(share.num_keys for share in shares)
-    sizes = (work.batch, work.heads, work.kv_heads, work.query_lengths, work.width, work.value_width)
-    sent = 2 * work.element_size * max(wire_elements(*sizes, rank) for rank in range(ranks))
+    sent = _exchanged(work, work.query_lengths)
     flops = work.flops(work.all_pairs(), most)
     seconds = _compute_seconds(flops, options) + _wire_seconds(sent, ranks, options) + 4 * EXCHANGE_SECONDS
     whole = work.queries_bytes(sum(work.query_lengths)) * most / work.heads
     whole += work.keys_bytes(sum(work.key_lengths)) * keys / work.kv_heads
     return Offer("ulysses", seconds, sent, flops, int(2 * whole))
+
+
+def _exchanged(work: Work, lengths: Sequence[int]) -> int:
+    """Return the bytes that the busiest of ranks that exchange heads sends, there and back, forward and backward."""
+    sizes = (work.batch, work.heads, work.kv_heads, lengths, work.width, work.value_width)
+    ways = (False, True)
+    return work.element_size * max(sum(wire_elements(*sizes, r, backward=way) for way in ways) for r in range(len(lengths)))
 
 
 def _square(work: Work) -> str:
@@ -260,16 +299,17 @@ def _zigzag_bytes(work: Work, keys: bool) -> float:
     return 2 * (work.queries_bytes(most) + (work.keys_bytes(most) if keys else 0))
 
 
-def _gather_kv(work: Work, options: AttentionOptions) -> Offer:
+def _gather_kv(work: Work, options: AttentionOptions, at_once: bool = False) -> Offer:
+    """Return the offer; `at_once`: as the one operator that it is within a hybrid, which gathers all keys."""
     ranks, most = work.ranks, max(work.key_lengths)
-    refusal = _square(work)
+    refusal = _square(work) or (_too_long(work) if work.in_graph else "")
     if refusal:
         return Offer("gather_kv", refusal=refusal)
-    fetched = halo(work)
+    fetched = None if at_once else halo(work)
     others = (ranks - 1) * most
     if fetched is not None:
         others = max(behind - first - n for (first, behind), n in zip(fetched, work.key_lengths, strict=True))
-    in_graph = bool(work.mask)  # gathered once, and kept or computed again as the planner likes
+    in_graph = work.in_graph and not at_once  # gathered once, and kept or computed again as the planner likes
     times = 2 if in_graph else 3
     sent = times * work.keys_bytes(max(others, 0))
     crossing = None
@@ -349,8 +389,7 @@ def _split(work: Work, options: AttentionOptions, inside: int, outside: Literal[
         return replace(work, heads=heads, kv_heads=kv_heads, query_lengths=queries, key_lengths=keys)
 
     # Within: what is sent; the arithmetic is that of the ranks across, which have the same heads.
-    sizes = (work.batch, work.heads, work.kv_heads, work.query_lengths[:inside], work.width, work.value_width)
-    sent = 2 * work.element_size * max(wire_elements(*sizes, rank) for rank in range(inside))
+    sent = _exchanged(work, work.query_lengths[:inside])
     own = max(shares, key=lambda share: share.num_queries)
     aligned = all(share.num_queries % share.num_keys == 0 for share in shares)
     heads, kv_heads = own.num_queries, own.num_keys if aligned else own.num_queries
@@ -358,7 +397,8 @@ def _split(work: Work, options: AttentionOptions, inside: int, outside: Literal[
         kv_heads = heads
     # Neighbours across are on different nodes, if there are several.
     far = AttentionOptions(options.method, options.flops, options.link, 1 if _spans_nodes(work.ranks, options) else 0)
-    across = _OFFERS[outside](part(heads, kv_heads, sums(work.query_lengths), sums(work.key_lengths)), far)
+    of_part = part(heads, kv_heads, sums(work.query_lengths), sums(work.key_lengths))
+    across = _ring(of_part, far) if outside == "ring" else _gather_kv(of_part, far, at_once=True)
     seconds = across.seconds + sent / options.link + 4 * EXCHANGE_SECONDS
     most = sum(work.query_lengths[:inside])
     held = across.peak + int(2 * (work.queries_bytes(most) * heads / work.heads + work.keys_bytes(most) * kv_heads / work.kv_heads))

@@ -4,7 +4,7 @@ Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3. Letters: B batch, H head
 rank's part, D head dimension, P ranks.
 
 Heads need not divide by ranks: a rank has `H // P` or one more, and of keys and values those that its own queries attend to, sent
-once each. With fewer heads than ranks some compute for nothing.
+once each. With fewer heads than ranks some are sent nothing, and compute for nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class HeadShare(NamedTuple):
 
     queries: tuple[int, int]
     keys: tuple[int, int]
+
+    def sent(self, heads: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return those of the heads that there are, and that are sent therefore: of queries, of keys and values."""
+        first, behind = (min(head, heads) for head in self.queries)
+        return (first, behind), self.keys if first < behind else (self.keys[0], self.keys[0])
 
     @property
     def num_queries(self) -> int:
@@ -154,17 +159,25 @@ def ulysses_attention(
     """
     shares = head_shares(query.shape[-3], key.shape[-3], group.size)
     grouped = query.shape[-3] != key.shape[-3]  # on all ranks alike, whatever heads they have
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    num_dims, width, value_width = query.ndim, query.shape[-1], value.shape[-1]
+    if num_dims == 3:  # kernels know samples
+        query, key, value = (x.unsqueeze(0) for x in (query, key, value))
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         own = mask
+        if not query.is_cuda and width != value_width:  # the CPU's kernel wants one width: zeros change no score
+            query, key, value = (F.pad(x, (0, max(width, value_width) - x.shape[-1])) for x in (query, key, value))
         if mask is not None and mask.ndim > 2 and mask.shape[-3] != 1:
             own = own_heads(mask, mask.ndim - 3, shares, group.rank)
         if grouped and query.is_cuda and query.dtype not in (torch.float16, torch.bfloat16):
             # The only kernel that takes grouped heads in other types holds all scores.
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, own, dropout, is_causal, scale=scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(query, key, value, own, dropout, is_causal, scale=scale, enable_gqa=grouped)
+        return out[..., :value_width]
 
-    return exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
+    out = exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
+    return out if num_dims > 3 else out.squeeze(0)
 
 
 def ulysses_tiles(
@@ -224,19 +237,18 @@ def exchanged(
     """
     leading, heads, kv_heads, rank = query.shape[:-3], query.shape[-3], key.shape[-3], group.rank
     shares = head_shares(heads, kv_heads, group.size)
-    of_queries, of_keys = ([share.queries for share in shares], [share.keys for share in shares])
+    of_queries, of_keys = zip(*(share.sent(heads) for share in shares), strict=True)
     query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    missing = shares[-1].queries[1] - heads
-    if missing:
-        query = F.pad(query, (0, 0, 0, 0, 0, missing))
-    cuts = (of_queries, of_keys, of_keys)
+    cuts, own = (of_queries, of_keys, of_keys), of_queries[rank][1] - of_queries[rank][0]
     query, key, value = sequence_to_heads((query, key, value), cuts, (query_lengths, key_lengths, key_lengths), group)
+    if heads < group.size:  # those without a head attend with one of zeros
+        query, key, value = (torch.cat([x, x.new_zeros((x.shape[0], 1 - own, *x.shape[2:]))], 1) for x in (query, key, value))
     times = heads // kv_heads
     if any(share.num_keys > 1 and share.queries != (share.keys[0] * times, share.keys[1] * times) for share in shares):
         first = of_queries[rank][0] - of_keys[rank][0] * times
         key, value = (x.repeat_interleave(times, dim=1).narrow(1, first, shares[rank].num_queries) for x in (key, value))
     out = kernel(*(x.reshape(*leading, *x.shape[1:]) for x in (query, key, value)))
-    out = heads_to_sequence(out.reshape(-1, *out.shape[-3:]), of_queries, query_lengths, group)[:, :heads]
+    out = heads_to_sequence(out.reshape(-1, *out.shape[-3:])[:, :own], of_queries, query_lengths, group)
     return out.reshape(*leading, *out.shape[1:])
 
 
@@ -248,8 +260,18 @@ def own_heads(x: Tensor, dim: int, shares: Sequence[HeadShare], rank: int) -> Te
     return x.narrow(dim, shares[rank].queries[0], shares[rank].num_queries)
 
 
-def wire_elements(batch: int, heads: int, kv_heads: int, lengths: Sequence[int], width: int, value_width: int, rank: int) -> int:
-    """Return the elements that a rank sends to others in one forward pass, with as many keys as queries.
+def wire_elements(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    lengths: Sequence[int],
+    width: int,
+    value_width: int,
+    rank: int,
+    *,
+    backward: bool = False,
+) -> int:
+    """Return the elements that a rank sends to others in one forward pass, or in backward, with as many keys as queries.
 
     Args:
         batch: Samples.
@@ -259,9 +281,13 @@ def wire_elements(batch: int, heads: int, kv_heads: int, lengths: Sequence[int],
         width: Of a head of queries and keys.
         value_width: Of a head of values.
         rank: Which.
+        backward: Whether it is backward, which sends what forward received.
     """
-    shares = head_shares(heads, kv_heads, len(lengths))
-    others = [r for r in range(len(lengths)) if r != rank]
-    there = sum(shares[r].num_queries * width + shares[r].num_keys * (width + value_width) for r in others)
-    back = shares[rank].num_queries * value_width * sum(lengths[r] for r in others)
-    return batch * (lengths[rank] * there + back)
+    sent = [share.sent(heads) for share in head_shares(heads, kv_heads, len(lengths))]
+    queries, keys = ([behind - first for first, behind in one] for one in zip(*sent, strict=True))
+    given = [queries[r] * width + keys[r] * (width + value_width) for r in range(len(lengths))]
+    made = [queries[r] * value_width for r in range(len(lengths))]
+    if backward:
+        given, made = made, given
+    of_others, positions = sum(given) - given[rank], sum(lengths) - lengths[rank]
+    return batch * (lengths[rank] * of_others + made[rank] * positions)

@@ -71,6 +71,8 @@ class Attention:
     """Of the busiest rank, likewise."""
     peak: int = 0
     """Bytes that a rank holds at once, likewise."""
+    kernel: str = ""
+    """What runs on a rank; empty if that is not known."""
     chosen: str = ""
     """What the method was estimated to take, and what others would, or why they cannot."""
 
@@ -276,7 +278,7 @@ def _attention(node: fx.Node, sharding: Sharding, emitter: Emitter) -> Attention
     call = Attention(user_line(node), sharding.note, said, sum(_bytes(one, emitter) for one in kept), proven)
     choice = emitter.attention_choices.get(node)
     if choice is not None:
-        best, others = choice.chosen, choice.others
+        best, others, call.kernel = choice.chosen, choice.others, choice.kernel
         call.method, call.sent, call.flops, call.peak = best.name, best.sent, best.flops, best.peak
         call.chosen = "; ".join(str(offer) for offer in (best, *others))
     return call
@@ -423,7 +425,8 @@ def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 def _describe(call: Attention) -> str:
     kept = f" ({call.mask_bytes / MiB:.2f} MiB)" if call.mask_bytes else ""
-    return f"{call.method} at {call.where}" + (f", mask: {call.mask}{kept}" if call.mask else "")
+    kernel = f", kernel: {call.kernel}" if call.kernel else ""
+    return f"{call.method} at {call.where}{kernel}" + (f", mask: {call.mask}{kept}" if call.mask else "")
 
 
 def _why_kept(reader: fx.Node) -> str:

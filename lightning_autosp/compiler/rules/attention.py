@@ -14,6 +14,8 @@ import sympy
 import torch
 from torch import fx
 
+from lightning_autosp._compat import sdpa_kernel
+from lightning_autosp.attention.blocks import kernel_name
 from lightning_autosp.attention.flash import HEADS, WHOLE, arguments, handle_of, ulysses_flash
 from lightning_autosp.attention.gather_kv import gather_kv_attention, gather_kv_tiles
 from lightning_autosp.attention.hybrid import hybrid_attention
@@ -142,6 +144,12 @@ def _work(
             not_in_blocks = "its mask is numbers that are added to scores, and blocks of keys want one of truth values"
     if mask and not not_in_blocks and len(query) > 4:
         not_in_blocks = f"it has a mask, and {len(query) - 3} dimensions of samples, and blocks of keys want one"
+    one, in_tiles, dropout = inputs[0].meta["val"], isinstance(target, Region), float(given["dropout_p"])
+    device, width, value_width = one.device.type, query[-1], value[-1]
+    if device == "cpu":  # they are made alike
+        width = value_width = max(width, value_width)
+    widths, is_causal = (width, value_width), bool(given["is_causal"])
+    kernel = sdpa_kernel(device, one.dtype, (query[-3], key[-3]), widths, bool(mask), dropout, is_causal)
     return Work(
         batch=math.prod(query[:-3]),
         heads=query[-3],
@@ -150,12 +158,16 @@ def _work(
         value_width=value[-1],
         query_lengths=query_lengths,
         key_lengths=key_lengths,
-        is_causal=bool(given["is_causal"]),
-        element_size=inputs[0].meta["val"].element_size(),
-        dropout=bool(given["dropout_p"]),
+        is_causal=is_causal,
+        element_size=one.element_size(),
+        dropout=bool(dropout),
         mask=mask,
         bounds=bounds,
         not_in_blocks=not_in_blocks,
+        in_graph=in_tiles or (bool(mask) and bool(not_in_blocks)),
+        in_tiles=in_tiles,
+        kernel=kernel,
+        block_kernel=kernel_name(device, one.dtype, max(widths), bool(mask), bool(dropout)),
     )
 
 
