@@ -115,6 +115,7 @@ class CheckResult:
         length: Positions of the batch's sequences.
         num_ranks: Simulated ranks.
         precision: What was computed in.
+        attention: The method of attention that was asked for.
         traced: Whether the step is one graph. If not, it runs, and is compared, in pieces.
         complete: Whether the loss and the gradients, or all values if there is no loss, were compared.
         comparisons: Every value and gradient, the worst rank of each.
@@ -129,6 +130,7 @@ class CheckResult:
     length: int
     num_ranks: int
     precision: str = ""
+    attention: AttentionMethod = "auto"
     traced: bool = True
     complete: bool = False
     comparisons: list[Comparison] = field(default_factory=list)
@@ -148,6 +150,12 @@ class CheckResult:
                     more = f" and {len(places) - 4} more" if len(places) > 4 else ""
                     found.append(f"token {probe.position} changed: {', '.join(places[:4])}{more} {what}")
         return found
+
+    @property
+    def methods(self) -> list[str]:
+        """What calls of attention were computed by, as far as there was a choice."""
+        calls = (call for step in self.report.steps for call in step.attention if call.chosen)
+        return list(dict.fromkeys(call.method for call in calls))
 
     @property
     def ok(self) -> bool:
@@ -186,6 +194,9 @@ class CheckResult:
         if self.probes:
             changed = ", ".join(f"{probe.position} ({probe.num_changed} changed)" for probe in self.probes)
             rows.append(("  tokens changed", changed))
+        if self.methods:
+            others = f", chosen for {self.length} positions; training chooses by its own length and device, and attention= fixes it"
+            rows.append(("  attention by", ", ".join(self.methods) + (others if self.attention == "auto" else ", as asked")))
         rows += [("  not compared", text) for text in self.skipped]
         rows += [("  note", text) for text in self.notes]
         rows += [("  DIFFERENCE", text) for text in self.differences]
@@ -1008,6 +1019,7 @@ def _check(
         length=max(one.tensor.shape[dim] for one, dim in sequences(tensors, sequence_dim)),
         num_ranks=num_ranks,
         precision=str(dtype).removeprefix("torch."),
+        attention=attention,
         notes=list(dict.fromkeys(notes)),
         report=lowered.report,
     )

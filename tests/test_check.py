@@ -65,6 +65,15 @@ class KeyBias(LightningModule):
         return self.norm(self.out(attended) + batch).square().mean()
 
 
+def test_the_method_of_attention_is_said_and_can_be_asked_for() -> None:
+    x = torch.randn(2, 12, 16)
+    said = "chosen for 12 positions; training chooses by its own length and device"
+    assert said in str(AutoSPStrategy.check(KeyBias(), x))
+    asked = AutoSPStrategy(attention="ring").check(KeyBias(), x)
+    assert (asked.ok, asked.methods) == (True, ["ring"])
+    assert "ring, as asked" in str(asked)
+
+
 def test_rounding_of_gradients_that_are_zero_is_no_change() -> None:
     torch.manual_seed(0)
     result = check(KeyBias(), torch.randn(2, 12, 16))

@@ -492,16 +492,20 @@ def test_a_window_fetches_from_neighbours() -> None:
 
 
 @pytest.mark.parametrize("heads", [(32, 8), (28, 4), (16, 1), (7, 1), (2, 1)])
-@pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("method", ["ulysses", "gather_kv", "ring", "hybrid"])
+@pytest.mark.parametrize(
+    ("method", "mask"),
+    [(method, mask) for method in ("ulysses", "gather_kv", "ring", "hybrid") for mask in ("causal", "full")] + [("ring", "window")],
+)
 def test_estimated_bytes_are_those_that_are_sent(
-    method: AttentionMethod, is_causal: bool, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    method: AttentionMethod, mask: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the busiest rank, in forward and backward; less where chunks lie where they belong, or nobody attends to them."""
-    ranks, length = 4, 128
+    ranks, length, is_causal, given = 4, 128, mask == "causal", masked(mask, 128)
     sent = [0] * ranks
     lengths = lengths_of(length, ranks)
-    offer = choose(Work(2, *heads, 4, 5, lengths, lengths, is_causal, 8), AttentionOptions(method), "here.py:1").chosen
+    bounds = (lambda start, stop: (start - 3, stop)) if mask == "window" else None
+    described = Work(2, *heads, 4, 5, lengths, lengths, is_causal, 8, mask=mask if bounds else "", bounds=bounds)
+    offer = choose(described, AttentionOptions(method), "here.py:1").chosen
     originals = collectives.start_all_to_all, collectives.start_all_gather
 
     def exchanging(x: Tensor, output: Any, splits: Any, group: Group) -> Tensor:
@@ -520,6 +524,6 @@ def test_estimated_bytes_are_those_that_are_sent(
     for module in (collectives, gather_kv):
         monkeypatch.setattr(module, "start_all_gather", gathering_all)
     make = {"hybrid": both(offer.inside, offer.outside), "ulysses": ulysses, "gather_kv": gathering, "ring": around}[method]
-    on_ranks(inputs(*heads, length), ranks, make(None, is_causal))
+    on_ranks(inputs(*heads, length), ranks, make(given, is_causal))
     assert max(sent) <= 1.01 * offer.sent
     assert max(sent) >= (0.99 if not is_causal or method == "ulysses" else 0.7) * offer.sent
