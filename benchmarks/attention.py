@@ -5,8 +5,8 @@
 Ranks are processes: over gloo on the CPU, or over NCCL, one a GPU, where there are enough. Causal attention of one sample, beside
 Ulysses with keys and values repeated for every query, as it is written by hand. Bytes are counted where collectives are called:
 what the busiest rank sends to others, in forward and backward, and the most it holds at once, its own inputs, result and gradients
-included. PyTorch's `context_parallel` is not measured: its ring dispatches on kernels of CUDA, and on the CPU it attends to the
-rank's own positions.
+included. PyTorch's `context_parallel` is not measured: its ring takes the place of three kernels of CUDA (flash, efficient, cuDNN),
+and on the CPU, whose kernel is another, each rank attends to its own positions alone.
 """
 
 from __future__ import annotations
@@ -74,29 +74,21 @@ def methods(heads: int, kv_heads: int, length: int, width: int, ranks: int, size
         key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
         return ulysses_attention(query, key, value, None, 0.0, True, None, lengths, lengths, group)
 
+    def alone(method: Any, *more: Any) -> Callable[..., Tensor]:
+        return lambda q, k, v, lengths, group: method(q, k, v, None, 0.0, True, None, lengths, lengths, group, *more)
+
     found: dict[str, Callable[..., Tensor]] = {
         "ulysses, keys and values repeated": repeated,
-        "ulysses": lambda q, k, v, lengths, group: ulysses_attention(q, k, v, None, 0.0, True, None, lengths, lengths, group),
-        "gather_kv": lambda q, k, v, lengths, group: gather_kv_attention(q, k, v, None, 0.0, True, None, lengths, lengths, group),
-        "ring": lambda q, k, v, lengths, group: ring_attention(q, k, v, True, None, lengths, lengths, group),
+        "ulysses": alone(ulysses_attention),
+        "gather_kv": alone(gather_kv_attention),
+        "ring": alone(ring_attention),
     }
     lengths = _lengths(length, ranks)
     work = Work(1, heads, kv_heads, width, width, lengths, lengths, True, size)
     choice = choose(work, AttentionOptions(), "here")
     hybrid = next(offer for offer in (choice.chosen, *choice.others) if offer.method == "hybrid")
     if not hybrid.refusal:
-        found[hybrid.name] = lambda q, k, v, lengths, group: hybrid_attention(
-            q,
-            k,
-            v,
-            True,
-            None,
-            hybrid.inside,
-            hybrid.outside,
-            lengths,
-            lengths,
-            group,  # type: ignore[arg-type]
-        )
+        found[hybrid.name] = alone(hybrid_attention, hybrid.inside, hybrid.outside)
     return found
 
 
