@@ -17,9 +17,20 @@ from lightning_autosp.callbacks import ThroughputMonitor
 from lightning_autosp.check import CheckError, CheckResult, check
 from lightning_autosp.compiler.report import Report, StrictModeError
 from lightning_autosp.explain import Explanation
+from lightning_autosp.metrics import by_position
 from lightning_autosp.strategy import AutoSPStrategy, refuse_pytorch_lightning
 
-__all__ = ["AutoSPStrategy", "CheckError", "CheckResult", "Explanation", "Report", "StrictModeError", "ThroughputMonitor", "check"]
+__all__ = [
+    "AutoSPStrategy",
+    "CheckError",
+    "CheckResult",
+    "Explanation",
+    "Report",
+    "StrictModeError",
+    "ThroughputMonitor",
+    "by_position",
+    "check",
+]
 __version__ = version("lightning-autosp")
 
 AutoSPStrategy.register_strategies(StrategyRegistry)

@@ -506,7 +506,8 @@ class _Lowered(_OneDevice):
         # Sharded, as the strategy shards by default: the parameters' own collectives are checked too.
         self.simulation = Simulation(module, num_ranks, sharded=True, attention=AttentionOptions(attention))
         compiler = self.simulation.compiler(self.report, method)
-        self._step = CompiledStep(module, method, compiler, self.simulation.parameters[0], sequence_dim)  # type: ignore[arg-type]
+        first: Any = self.simulation.parameters[0]
+        self._step = CompiledStep(module, method, compiler, first, sequence_dim, whole_metrics=True)  # type: ignore[arg-type]
 
     @property
     def run(self) -> Run | None:

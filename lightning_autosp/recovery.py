@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torchmetrics import Metric
 
 from lightning_autosp import _compat
 
@@ -53,6 +54,7 @@ class Before:
         attributes = [
             (one, {name: value for name, value in vars(one).items() if isinstance(value, plain) and not name.startswith("_")})
             for one in module.modules()
+            if not isinstance(one, Metric)  # updated when the graph has returned, once
         ]
         arguments = pytree.tree_map(lambda value: value, (args, kwargs))
         return cls(arguments, (torch.get_rng_state(), cuda), device, buffers, attributes)

@@ -20,6 +20,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_autosp import _compat
 from lightning_autosp.batches import Found, SequenceDim, call_tensors, sequences
+from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.capture import Captured
 from lightning_autosp.compiler.crossing import EagerMarks, PartTensor
 from lightning_autosp.compiler.locate import Locator, Place
@@ -27,6 +28,7 @@ from lightning_autosp.compiler.report import GraphBreak, StrictModeError
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.specialise import Compiler
 from lightning_autosp.lines import frames_in
+from lightning_autosp.metrics import is_by_position, update_by_position
 from lightning_autosp.parameters import ModuleParameters
 
 __all__ = ["CANNOT_TRACE", "CompiledStep", "compile_step", "mark_sequence", "symbolic_block_masks"]
@@ -183,6 +185,8 @@ class CompiledStep:
         parameters: ModuleParameters,
         sequence_dim: SequenceDim,
         all_come: Callable[[], bool] = lambda: True,
+        *,
+        whole_metrics: bool = False,
     ) -> None:
         """Compile nothing yet.
 
@@ -193,11 +197,18 @@ class CompiledStep:
             parameters: The module's.
             sequence_dim: Of batch tensors.
             all_come: Whether all ranks come to the same place, which they have to before any of them leaves the single graph.
+            whole_metrics: Whether metrics that could do with this rank's positions are given the whole too.
         """
         self.module, self.kind, self.parameters, self.sequence_dim = module, kind, parameters, sequence_dim
         self._all_come = all_come
-        self.compiler = replace(compiler, kind=kind, parameters=parameters, inspect=self._refuse_fixed_length)
-        self._deferred = _Deferred(module)
+        self._deferred = _Deferred(module, None if whole_metrics or compiler.group.size == 1 else compiler.group)
+        self.compiler = replace(
+            compiler,
+            kind=kind,
+            parameters=parameters,
+            inspect=self._refuse_fixed_length,
+            keep_parts=self._deferred.takes_parts,
+        )
         self._mode = "whole"
         self._chosen: _Choice | None = None
         """Which sizes of the module's tensors are symbols when the step is captured."""
@@ -318,7 +329,7 @@ class CompiledStep:
     def _finished(self, tree: Any) -> Any:
         """Return what the step returned or logged, whole: nobody outside expects that reading it is a collective."""
         tree = self.parameters.without_stand_ins(tree)
-        if self._mode != "pieces":
+        if not (self._mode == "pieces" or self.compiler.keep_parts):
             return tree
         return apply_to_collection(tree, PartTensor, lambda value: value.whole("the end of the step"), allow_frozen=True)
 
@@ -353,9 +364,8 @@ class CompiledStep:
             self.compiler.report.notes.append(f"{self.kind} runs uncompiled and unsharded: right, but slow and large")
             self._run = self._user_step()
         else:
-            pieces = compile_step(
-                self._user_step(), replace(self.compiler, parameters=None, pieces=True, inspect=None), fullgraph=False
-            )
+            compiler = replace(self.compiler, parameters=None, pieces=True, keep_parts=True, inspect=None)
+            pieces = compile_step(self._user_step(), compiler, fullgraph=False)
             # A piece that cannot be traced runs as it is: right, because parameters are whole and values from other pieces make
             # themselves whole. Starting the step again instead would repeat what earlier pieces did.
             self._run = torch._dynamo.config.patch(suppress_errors=True)(pieces)
@@ -405,9 +415,11 @@ for _name in f"{_ARITHMETIC} float int bool lt le eq ne gt ge len iter getitem c
 class _Deferred:
     """Calls that would break a graph (`self.log`, metrics), queued while it runs and made when it has returned."""
 
-    def __init__(self, module: LightningModule) -> None:
-        self._module = module
+    def __init__(self, module: LightningModule, group: Group | None) -> None:
+        self._module, self._group = module, group
         self._metrics = [metric for metric in module.modules() if isinstance(metric, (Metric, MetricCollection))]
+        self.takes_parts = group is not None and any(map(is_by_position, self._metrics))
+        """Whether a metric is updated with this rank's positions."""
         self._queue: list[tuple[Any, ...]] = []
         self.silent = False
         """Whether recorded calls are dropped instead of made."""
@@ -431,8 +443,21 @@ class _Deferred:
             self._queued += [(metric, "update", self._updater(index)), (metric, "forward", self._caller(index))]
             # These return what the queued updates would have changed: the step has to be cut there.
             self._queued += [(metric, name, _needs_value) for name in ("compute", "reset")]
-            for name in ("update", "forward", "compute", "reset"):
+            self._direct.append((metric, "update", uncompiled(self._direct_updater(metric, metric.update))))
+            for name in ("forward", "compute", "reset"):
                 self._direct.append((metric, name, uncompiled(getattr(metric, name))))
+
+    def _direct_updater(self, metric: Any, update: Callable[..., None]) -> Callable[..., None]:
+        def direct(*args: Any, **kwargs: Any) -> None:
+            if not self._updated_by_position(metric, update, args, kwargs):
+                update(*args, **kwargs)
+
+        return direct
+
+    def _updated_by_position(self, metric: Any, update: Callable[..., None], args: Any, kwargs: Any) -> bool:
+        if self._group is None or not is_by_position(metric):
+            return False
+        return update_by_position(metric, update, args, kwargs, self._group)
 
     def _updater(self, index: int) -> Callable[..., None]:
         queue = self._queue
@@ -476,10 +501,15 @@ class _Deferred:
 
     def replay(self, finish: Callable[[Any], Any]) -> None:
         """Make the recorded calls, in order, `finish` applied to their arguments."""
-        calls = [] if self.silent else [finish(call) for call in self._queue]
+        calls = [] if self.silent else self._queue[:]
         self._queue.clear()
-        for number, call in enumerate(calls):
-            what, *rest = self.resolved(call)
+        for number, recorded in enumerate(calls):
+            call = self.resolved(recorded)
+            if call[0] == "update":
+                metric = self._metrics[call[1]]
+                if self._updated_by_position(metric, metric.update, *call[2:]):
+                    continue
+            what, *rest = finish(call)
             if what == "log":
                 name, value, args, kwargs = rest
                 self._module.log(name, value, *args, **kwargs)

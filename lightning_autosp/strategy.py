@@ -828,14 +828,8 @@ class AutoSPStrategy(ParallelStrategy):
         assert module is not None
         assert self._parameters is not None
         if kind not in self._steps:
-            self._steps[kind] = CompiledStep(
-                module,
-                kind,
-                self._compiler,
-                self._parameters,
-                self.sequence_dim,
-                **({"all_come": self._watch.all_come} if self._watch is not None else {}),
-            )
+            all_come = self._watch.all_come if self._watch is not None else lambda: True
+            self._steps[kind] = CompiledStep(module, kind, self._compiler, self._parameters, self.sequence_dim, all_come=all_come)
         with context:
             return self._steps[kind].repeat(*args, **kwargs) if repeated else self._steps[kind](*args, **kwargs)
 

@@ -76,7 +76,8 @@ class Compiler:
         parameters: How parameters enter graphs; `None` if they were made whole before the step.
         rank_seed: Distinguishes this rank's random stream from the others'.
         strict: Whether anything computed in full raises.
-        pieces: Whether graphs are pieces of a step that is cut: what they compute as parts they hand on as parts (`PartTensor`).
+        pieces: Whether graphs are pieces of a step that is cut.
+        keep_parts: Whether what graphs compute as parts they hand on as parts (`PartTensor`).
         inspect: Called with every graph that was captured; may raise to refuse it.
         own: `id(tensor)` of the module's tensors whose sizes are marked now: no sequences by themselves.
         attention: How methods of attention are chosen.
@@ -98,6 +99,7 @@ class Compiler:
     rank_seed: int = 0
     strict: bool = False
     pieces: bool = False
+    keep_parts: bool = False
     inspect: Callable[[Captured], None] | None = None
     own: set[int] = field(default_factory=set)
     attention: AttentionOptions = field(default_factory=AttentionOptions)
@@ -254,7 +256,7 @@ class LoweredStep:
                 node = self.captured.placeholders[index]
                 layouts[node] = placement.layout(self.captured.shape(node.meta["val"])[placement.dim])
             self._plans[key] = make_plan(
-                self.captured, symbols, self.compiler.mesh, too_short, layouts, keep_parts=self.compiler.pieces
+                self.captured, symbols, self.compiler.mesh, too_short, layouts, keep_parts=self.compiler.keep_parts
             )
         return self._plans[key]
 
