@@ -431,7 +431,7 @@ class AutoSPStrategy(ParallelStrategy):
         if self._start_method == "popen":
             if not self.cluster_environment.creates_processes_externally:
                 self._launcher = ScriptLauncher(
-                    self.cluster_environment, self.num_processes, self.num_nodes, lambda: self._watch is not None
+                    self.cluster_environment, self.num_processes, self.num_nodes, lambda: self._mesh is not None
                 )
         else:
             self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)  # type: ignore[arg-type]
