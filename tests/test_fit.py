@@ -74,11 +74,11 @@ def test_two_ranks(pool: Pool, module: str, sharding: str) -> None:
     assert run["report"]["num_graphs"] == {"training_step": 1}
 
 
-@pytest.mark.parametrize(("policy", "backend"), [("attention", "aot_eager"), ("full", "aot_eager"), ("full", "inductor")])
-def test_checkpoint_policies(pool: Pool, policy: str, backend: str) -> None:
+@pytest.mark.parametrize("policy", ["attention", "full"])
+def test_checkpoint_policies(pool: Pool, policy: str) -> None:
     """What is computed again is what was computed, collectives included, and there is less in between than without."""
-    run = fit(pool, "HFLlama", {"checkpoint_policy": policy, "compile_backend": backend}, 2, length=128)
-    assert_same(run, reference(pool, "HFLlama", length=128), digits=6 if backend == "aot_eager" else 5)
+    run = fit(pool, "HFLlama", {"checkpoint_policy": policy}, 2, length=128)
+    assert_same(run, reference(pool, "HFLlama", length=128))
     memory = run["report"]["steps"][0]["memory"]
     assert memory["policy"] == policy
     assert memory["flops_again"] > 0
@@ -156,7 +156,7 @@ def test_data_times_sequence(pool: Pool, sharding: str) -> None:
 
 def test_logged_values_with_data_parallelism(pool: Pool) -> None:
     """`sync_dist` means and sums count every sample once."""
-    run = pool.run(jobs.fit, 4, "GPT", {"data_parallel_size": 2}, 4, batch_size=1, max_steps=1, limit_val_batches=0)
+    run = pool.run(jobs.fit, 4, "Shallow", {"data_parallel_size": 2}, 4, batch_size=1, max_steps=1, limit_val_batches=0)
     assert {r["logged"]["loss"] for r in run} == {run[0]["logged"]["loss"]}
     assert run[0]["logged"]["right"] <= 2 * 63
 
@@ -172,15 +172,15 @@ def test_logged_values_with_data_parallelism(pool: Pool) -> None:
     ids=["accumulate", "clip_norm", "clip_norm_replicated", "clip_value"],
 )
 def test_trainer_options(pool: Pool, options: dict[str, Any], sharding: str) -> None:
-    run = fit(pool, "GPT", {"parameter_sharding": sharding}, 2, **options)
-    assert_same(run, reference(pool, "GPT", **options))
+    run = fit(pool, "Shallow", {"parameter_sharding": sharding}, 2, **options)
+    assert_same(run, reference(pool, "Shallow", **options))
 
 
 def test_bf16_mixed(pool: Pool) -> None:
     """Within the spread of bf16: the difference between one bf16 device and one fp32 device."""
-    one = reference(pool, "GPT", precision="bf16-mixed")
-    exact = reference(pool, "GPT")
-    run = fit(pool, "GPT", FULL, 2, precision="bf16-mixed")
+    one = reference(pool, "Shallow", precision="bf16-mixed")
+    exact = reference(pool, "Shallow")
+    run = fit(pool, "Shallow", FULL, 2, precision="bf16-mixed")
     for got, low, high in zip(run["curve"], one["curve"], exact["curve"], strict=True):
         spread = max(abs(low["loss"] - high["loss"]), 2e-3 * abs(low["loss"]))
         assert abs(got["loss"] - low["loss"]) <= spread
@@ -188,8 +188,8 @@ def test_bf16_mixed(pool: Pool) -> None:
 
 
 def test_validation_with_a_torchmetric(pool: Pool) -> None:
-    run = fit(pool, "GPT", FULL, 2, validate=True)
-    assert_same(run, reference(pool, "GPT", validate=True))
+    run = fit(pool, "Shallow", FULL, 2, validate=True)
+    assert_same(run, reference(pool, "Shallow", validate=True))
     assert "val_accuracy" in run["logged"]
     assert run["report"]["graph_breaks"] == []
 
@@ -211,8 +211,8 @@ def test_a_metric_that_the_step_computes_with(pool: Pool) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_validate_test_predict(pool: Pool, world_size: int) -> None:
-    one = pool.run(jobs.evaluate, 1, "GPT", None, 1)[0]
-    for run in pool.run(jobs.evaluate, world_size, "GPT", {}, world_size):
+    one = pool.run(jobs.evaluate, 1, "Shallow", None, 1)[0]
+    for run in pool.run(jobs.evaluate, world_size, "Shallow", {}, world_size):
         for stage in ("validated", "tested"):
             assert run[stage][0] == pytest.approx(one[stage][0], rel=1e-5)
         assert [p.shape for p in run["predicted"]] == [p.shape for p in one["predicted"]]
@@ -221,7 +221,7 @@ def test_validate_test_predict(pool: Pool, world_size: int) -> None:
 
 
 def test_one_device(pool: Pool) -> None:
-    assert_same(fit(pool, "GPT", {}, 1), reference(pool, "GPT"))
+    assert_same(fit(pool, "Shallow", {}, 1), reference(pool, "Shallow"))
 
 
 def test_flash_attention(pool: Pool) -> None:
@@ -245,18 +245,18 @@ def test_logits_in_tiles(pool: Pool, world_size: int) -> None:
 
 
 def test_inductor(pool: Pool) -> None:
-    run = fit(pool, "GPT", {**FULL, "compile_backend": "inductor"}, 2, num_samples=8)
-    assert_same(run, reference(pool, "GPT", num_samples=8), digits=5)  # other kernels, other rounding
-    # Of each layer queries, keys and values in one exchange, and the result; forward and backward.
-    assert run["report"]["steps"][0]["collectives"]["all_to_all_single"][0] == 2 * 2 * 2
+    run = fit(pool, "Shallow", {**FULL, "compile_backend": "inductor"}, 2, num_samples=8)
+    assert_same(run, reference(pool, "Shallow", num_samples=8), digits=5)  # other kernels, other rounding
+    # Queries, keys and values in one exchange, and the result; forward and backward.
+    assert run["report"]["steps"][0]["collectives"]["all_to_all_single"][0] == 2 * 2
 
 
-@pytest.mark.parametrize(("module", "backend"), [("HFGemma2", "aot_eager"), ("HFMistral", "aot_eager"), ("HFGemma2", "inductor")])
-def test_attention_in_tiles(pool: Pool, module: str, backend: str) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_attention_in_tiles(pool: Pool, backend: str) -> None:
     options = {"num_samples": 4, "length": 61}
     strategy = {**FULL, "compile_backend": backend}
-    run = fit(pool, module, strategy, 2, **options, tile_elements=2 * 61 * 16)
-    assert_same(run, reference(pool, module, **options), digits=5 if backend == "inductor" else 6)
+    run = fit(pool, "HFGemma2", strategy, 2, **options, tile_elements=2 * 61 * 16)
+    assert_same(run, reference(pool, "HFGemma2", **options), digits=5 if backend == "inductor" else 6)
     step = run["report"]["steps"][0]
     assert not step["in_full"]
     assert not step["gathered"]
@@ -273,7 +273,7 @@ def test_attention_in_tiles_under_autocast(pool: Pool) -> None:
 
 def test_batch_sizes_that_change(pool: Pool) -> None:
     options = {"num_samples": 9, "batch_size": 4, "max_epochs": 2}
-    assert_same(fit(pool, "GPT", FULL, 2, **options), reference(pool, "GPT", **options))
+    assert_same(fit(pool, "Shallow", FULL, 2, **options), reference(pool, "Shallow", **options))
 
 
 def test_graph_break_is_exact_and_named(pool: Pool) -> None:
