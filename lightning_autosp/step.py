@@ -114,7 +114,7 @@ def _dims(module: torch.nn.Module, chosen: _Choice) -> dict[Tensor, list[int]]:
 def _numbers(module: torch.nn.Module, sizes: set[int]) -> tuple[_Numbers, set[int]]:
     """Return the attributes of submodules and their `config` that name one of these sizes (`self.image_size`), and what they are.
 
-    Where none does, those that name the smallest part of one (`self.config.max_source_positions * 2`).
+    Where none does, those that name the largest part of one (`self.config.max_source_positions * 2`).
     """
     owners = {id(one): one for submodule in module.modules() for one in (submodule, getattr(submodule, "config", None))}
     numbers = [
@@ -123,9 +123,8 @@ def _numbers(module: torch.nn.Module, sizes: set[int]) -> tuple[_Numbers, set[in
         for name, value in getattr(owner, "__dict__", {}).items()
     ]
     known = {number for *_, found in numbers for number in found}
-    meant = sizes & known or {
-        next((part for part in range(size // 2, 1, -1) if part in known and size % part == 0), 0) for size in sizes
-    }
+    parts = [[part for part in range(size // 2, 1, -1) if part in known and size % part == 0] for size in sizes]
+    meant = sizes & known or {largest for largest, *_ in filter(None, parts)}
     return [(owner, name) for owner, name, found in numbers if found & meant], meant
 
 
