@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +25,8 @@ from lightning_autosp.compiler.specialise import LoweredStep
 MAX_RANKS = 8
 
 
-@functools.cache
 def mesh_of(num_ranks: int) -> DeviceMesh:
-    """Return a mesh with process groups that do nothing; they stay for the session."""
+    """Return a mesh with process groups that do nothing; they stay for the test."""
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=MAX_RANKS)
     return DeviceMesh("cpu", list(range(num_ranks)))
