@@ -19,6 +19,8 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCABULARY = 256
@@ -83,3 +85,39 @@ def make(name: str, **options: Any) -> LanguageModel:
 def batch_of(length: int) -> dict[str, Tensor]:
     """Return one sample of random tokens, the same every time."""
     return {"ids": torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))}
+
+
+def _decoder(width: int, inner: int, layers: int, heads: str, head_dim: int, vocabulary: int, tied: bool) -> dict[str, Any]:
+    queries, keys = heads.split(":")
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": int(queries),
+        "num_key_value_heads": int(keys),
+        "head_dim": head_dim,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 2**24,
+    }
+
+
+SHAPES: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "toy": (LlamaConfig, LlamaForCausalLM, _decoder(64, 128, 2, "4:2", 16, VOCABULARY, False)),
+    "llama-1b": (LlamaConfig, LlamaForCausalLM, _decoder(2048, 8192, 16, "32:8", 64, 128256, True)),
+    "llama-8b": (LlamaConfig, LlamaForCausalLM, _decoder(4096, 14336, 32, "32:8", 128, 128256, False)),
+    "qwen3-32b": (Qwen3Config, Qwen3ForCausalLM, _decoder(5120, 25600, 64, "64:8", 128, 151936, False)),
+}
+"""Decoders of the sizes of Llama-3.2-1B, Llama-3.1-8B and Qwen3-32B, and one that any machine runs."""
+
+
+def decoder(shape: str, **options: Any) -> LanguageModel:
+    """Return a decoder of random weights, the same every time.
+
+    Args:
+        shape: One of `SHAPES`.
+        options: Configuration entries that are others.
+    """
+    config, model, sizes = SHAPES[shape]
+    torch.manual_seed(0)
+    return LanguageModel(model(config(**{**sizes, **options})))

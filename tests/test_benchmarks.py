@@ -7,7 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool
+from torch.distributed.device_mesh import init_device_mesh
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from baselines import BASELINES, make_baseline  # noqa: E402
+from models import batch_of, decoder  # noqa: E402
 
 
 def test_lowering_writes_its_numbers(tmp_path: Path) -> None:
@@ -60,3 +71,38 @@ def test_the_full_size_was_measured() -> None:
     for row in found["rows"]:
         assert abs(row["read_bytes"] / 2**28 - 1) < 0.02
         assert row["most_resident_bytes"] - row["resident_bytes"] < 8 * 2**20
+
+
+def baseline_step(name: str) -> tuple[float, dict[str, np.ndarray]]:
+    """Run a baseline on this rank of a gloo group, and return its part of the loss and whole gradients."""
+    from torch.distributed.tensor import DTensor
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch._dynamo.reset()
+    module = decoder("toy", num_key_value_heads=1).double()
+    step, _ = make_baseline(BASELINES[name], module.model, mesh, "aot_eager")
+    loss = step(batch_of(128))
+    grads = {key: value.grad for key, value in module.named_parameters()}
+    return loss.item(), {key: (g.full_tensor() if isinstance(g, DTensor) else g).numpy() for key, g in grads.items()}
+
+
+def baseline_steps(names: list[str]) -> list[tuple[float, dict[str, np.ndarray]]]:
+    return [baseline_step(name) for name in names]
+
+
+@pytest.mark.dist
+def test_baselines_are_exact(pool: Pool) -> None:
+    """Every baseline that runs on the CPU gives loss and gradients of one device, with fewer heads of keys than ranks."""
+    module = decoder("toy", num_key_value_heads=1).double()
+    loss = module.training_step(batch_of(128), 0)
+    loss.backward()
+    names = [name for name in BASELINES if name.startswith(("ulysses", "alst"))]
+    assert len(names) == 4
+    for name, *ranks in zip(names, *pool.run(baseline_steps, 2, names), strict=True):
+        assert sum(part for part, _ in ranks) == pytest.approx(loss.item(), rel=1e-6), name  # the loss is in float32
+        for _, grads in ranks:
+            for key, parameter in module.named_parameters():
+                error = np.linalg.norm(grads[key] - parameter.grad.numpy()) / np.linalg.norm(parameter.grad.numpy())
+                assert error < 1e-6, f"{name}, {key}: off by {error:.3g}"
