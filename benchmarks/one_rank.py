@@ -77,6 +77,7 @@ def measure_step(
     host_limit: int | None = None,
     backend: CompileBackend = "aot_eager",
     attention: AttentionMethod = "auto",
+    tile_local: int | None = None,
 ) -> Measured:
     """Run one training step of the first rank, forward and backward, and count.
 
@@ -90,6 +91,7 @@ def measure_step(
         host_limit: Bytes that the step may keep on the host; `None`: any, for "offload", else none.
         backend: With "inductor" nothing is counted.
         attention: A method.
+        tile_local: As of `Compiler`.
     """
     torch._dynamo.reset()
     device = device_of(torch.device("cpu"))
@@ -117,6 +119,7 @@ def measure_step(
         attention=AttentionOptions(attention),
         memory=options,
         meter=meter,
+        tile_local=tile_local,
     )
     step = CompiledStep(module, "training_step", compiler, parameters, sequence_dim)
     gc.collect()

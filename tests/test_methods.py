@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from lightning_autosp.attention.gather_kv import gather_kv_attention
 from lightning_autosp.attention.hybrid import hybrid_attention
 from lightning_autosp.attention.ring import ring_attention
 from lightning_autosp.attention.select import AttentionMethod, AttentionMethodError, AttentionOptions, Offer, Work, choose
-from lightning_autosp.attention.ulysses import head_shares, ulysses_attention
+from lightning_autosp.attention.ulysses import head_shares, in_chunks, ulysses_attention
 from lightning_autosp.attention.zigzag import chunk_lengths, from_zigzag, held_chunks, to_zigzag
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler.layout import base_cuts
@@ -83,6 +84,10 @@ def ulysses(mask: Tensor | None, is_causal: bool) -> Attend:
     return lambda q, k, v, *rest: ulysses_attention(q, k, v, mask, 0.0, is_causal, None, *rest)
 
 
+def chunks_of_heads(mask: Tensor | None, is_causal: bool) -> Attend:
+    return lambda q, k, v, *rest: ulysses_attention(q, k, v, mask, 0.0, is_causal, None, *rest, 2)
+
+
 def gathering(mask: Tensor | None, is_causal: bool) -> Attend:
     return lambda q, k, v, *rest: gather_kv_attention(q, k, v, mask, 0.0, is_causal, None, *rest)
 
@@ -103,6 +108,7 @@ def both(inside: int, outside: Any) -> Callable[[Tensor | None, bool], Attend]:
 
 METHODS: dict[str, tuple[Callable[[Tensor | None, bool], Attend], tuple[int, ...]]] = {
     "ulysses": (ulysses, (2, 3, 4)),
+    "ulysses in chunks": (chunks_of_heads, (2, 3)),
     "gather_kv": (gathering, (2, 3, 4)),
     "ring": (around, (2, 3, 4)),
     "ring in zigzag order": (in_zigzag, (2, 3, 4)),
@@ -461,6 +467,22 @@ def test_shares_of_heads(heads: int, kv_heads: int, ranks: int, counts: list[int
     shares = head_shares(heads, kv_heads, ranks)
     assert [share.num_queries for share in shares] == counts
     assert [share.num_keys for share in shares] == num_keys
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks", "counts"),
+    [(32, 32, 8, [1] * 4), (32, 16, 4, [2] * 4), (10, 5, 2, [5]), (12, 6, 2, [2] * 3), (8, 8, 3, [1, 2]), (32, 8, 8, [4])],
+)
+def test_chunks_of_heads(heads: int, kv_heads: int, ranks: int, counts: list[int]) -> None:
+    """Of the first rank; together they are its heads."""
+    shares = head_shares(heads, kv_heads, ranks)
+    chunks = in_chunks(shares, heads // kv_heads, 4)
+    assert [chunk[0].num_queries for chunk in chunks] == counts
+    for rank, share in enumerate(shares):
+        assert chunks[0][rank].queries[0] == share.queries[0]
+        assert chunks[-1][rank].queries[1] == share.queries[1]
+        for before, behind in itertools.pairwise(chunks):
+            assert before[rank].queries[1] == behind[rank].queries[0]
 
 
 def work(heads: int, kv_heads: int, ranks: int, length: int, **others: Any) -> Work:

@@ -81,11 +81,13 @@ def test_inductor_runs_a_mixture_that_was_planned_for_it(tmp_path: Path) -> None
 
 @pytest.mark.dist
 def test_a_plan_in_tiles(pool: Pool, tmp_path: Path) -> None:
+    """Norms among what is in tiles, and layers computed again one after the other."""
     batch = next(iter(modules.loader(2, 48, 2)))
     planner = Planner(modules.HFLlama(), batch, world=2, device=device_kind("h100"), limit=1, backend="aot_eager")
-    planner.fitting(LENGTH).save(tmp_path / "plan.json")
-    assert SavedPlan.load(tmp_path / "plan.json").decision.tiled
+    assert planner.fitting(LENGTH).saved["auto"].decision.tiled
+    planner.at(LENGTH, ("nested/2",)).save(tmp_path / "plan.json")
     run = fit(pool, "HFLlama", {"plan": str(tmp_path / "plan.json")}, 2, length=LENGTH, num_samples=4)
+    assert run["report"]["steps"][0]["memory"]["policy"] == "nested/2"
     assert_same(run, reference(pool, "HFLlama", length=LENGTH, num_samples=4))
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_autosp.attention.ulysses import exchanged, head_shares, own_heads
+from lightning_autosp.attention.ulysses import HeadShare, exchanged, own_heads
 from lightning_autosp.collectives import Group
 
 __all__ = ["HEADS", "WHOLE", "arguments", "handle_of", "is_kept", "keep_whole", "ulysses_flash"]
@@ -91,7 +91,7 @@ def ulysses_flash(
         This rank's positions of the result, shape `(..., l, H, D)`.
     """
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, shares: Sequence[HeadShare]) -> Tensor:
         query, key, value = (x.transpose(-3, -2) for x in (query, key, value))
         given = {"q": query, "k": key, "v": value}
         if "kv" in parts:
@@ -106,5 +106,4 @@ def ulysses_flash(
 
     unpacked = [x.unbind(-3) if name in ("kv", "qkv") else (x,) for name, x in parts.items()]
     query, key, value = (x.transpose(-3, -2) for some in unpacked for x in some)
-    shares = head_shares(query.shape[-3], key.shape[-3], group.size)
     return exchanged(query, key, value, kernel, query_lengths, key_lengths, group).transpose(-3, -2)

@@ -6,6 +6,7 @@ one of each part, pass keys and values on. Both dimensions are parts of one proc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from lightning_autosp.attention.gather_kv import gather_kv_attention
 from lightning_autosp.attention.operators import BlockMask
 from lightning_autosp.attention.ring import ring_attention
 from lightning_autosp.attention.rows import block_mask
-from lightning_autosp.attention.ulysses import exchanged, head_shares
+from lightning_autosp.attention.ulysses import HeadShare, exchanged
 from lightning_autosp.collectives import Group
 
 __all__ = ["hybrid_attention"]
@@ -69,9 +70,9 @@ def hybrid_attention(
     )
 
     blocks = block_mask(mask, query)
-    first_head = head_shares(query.shape[-3], key.shape[-3], inside)[neighbours.rank].queries[0]
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, shares: Sequence[HeadShare]) -> Tensor:
+        first_head = shares[neighbours.rank].queries[0]
         given = (query, key, value, blocks, dropout, is_causal, scale, queries, keys, across)
         if outside == "ring":
             return ring_attention(*given, in_zigzag=in_zigzag, first_head=first_head)

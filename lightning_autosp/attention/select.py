@@ -58,12 +58,14 @@ class AttentionOptions:
         flops: Floating-point operations a second of the device, at its peak.
         link: Bytes a second that a rank sends to others of its node.
         node_size: Neighbouring ranks that are one node; 0: all.
+        head_chunks: Chunks in which Ulysses exchanges a rank's heads.
     """
 
     method: AttentionMethod = "auto"
     flops: float = 1e15
     link: float = 4.5e11
     node_size: int = 0
+    head_chunks: int = 1
 
 
 @dataclass(frozen=True)

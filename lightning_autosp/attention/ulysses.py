@@ -5,6 +5,9 @@ rank's part, D head dimension, P ranks.
 
 Heads need not divide by ranks: a rank has `H // P` or one more, and of keys and values those that its own queries attend to, sent
 once each. With fewer heads than ranks some are sent nothing, and compute for nothing.
+
+In chunks, a rank's heads are exchanged and attended to some at a time: what is sent, what arrives and their gradients exist of one
+chunk at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ __all__ = [
     "exchanged",
     "head_shares",
     "heads_to_sequence",
+    "in_chunks",
     "own_heads",
     "sequence_to_heads",
     "ulysses_attention",
@@ -85,14 +89,44 @@ def _even(number: int, parts: int) -> list[int]:
     return [small + (part < extra) for part in range(parts)]
 
 
-def sequence_to_heads(
-    tensors: Sequence[Tensor], shares: Sequence[Sequence[tuple[int, int]]], lengths: Sequence[tuple[int, ...]], group: Group
-) -> list[Tensor]:
-    """Give up this rank's positions of all heads for all positions of this rank's heads, in one all-to-all.
+def in_chunks(shares: Sequence[HeadShare], times: int, head_chunks: int) -> list[list[HeadShare]]:
+    """Return every rank's heads of one chunk after the other: whole heads of keys and values, with all queries that attend to them.
 
     Args:
-        tensors: Each of shape `(B, H, l, D)`; `H`, `l` and `D` may differ from one to the next, the dtype not.
-        shares: For each tensor every rank's heads, `(first, behind the last)`. Ranks may want the same head.
+        shares: Every rank's heads.
+        times: Query heads for each head of keys and values.
+        head_chunks: Chunks at most. Fewer where a rank has fewer heads of keys and values; one where ranks share some.
+    """
+    if any(share.queries != (share.keys[0] * times, share.keys[1] * times) for share in shares):
+        return [list(shares)]
+    most = min(head_chunks, *(share.num_keys for share in shares))
+    chunks = []
+    for chunk in range(most):
+        cuts = [[share.keys[0] + share.num_keys * one // most for one in (chunk, chunk + 1)] for share in shares]
+        chunks.append([HeadShare((first * times, behind * times), (first, behind)) for first, behind in cuts])
+    return chunks
+
+
+def _cut_heads(x: Tensor, cuts: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return ranges of the heads of `(l, B, H, D)`, which may overlap.
+
+    The tensor is split once: gradients of parts are laid side by side then; that of a slice is written to zeros of the whole.
+    """
+    bounds = sorted({0, x.shape[2], *itertools.chain(*cuts)})
+    parts = x.split([stop - start for start, stop in itertools.pairwise(bounds)], dim=2)
+    found = []
+    for start, stop in cuts:
+        own = parts[bounds.index(start) : bounds.index(stop)]
+        found.append(own[0] if len(own) == 1 else torch.cat(own, dim=2) if own else x[:, :, :0])
+    return found
+
+
+def sequence_to_heads(parts: Sequence[Sequence[Tensor]], lengths: Sequence[tuple[int, ...]], group: Group) -> list[Tensor]:
+    """Give up this rank's positions of other ranks' heads for all positions of this rank's heads, in one all-to-all.
+
+    Args:
+        parts: Of each tensor every rank's heads, shape `(l, B, heads, D)`; `l`, the heads and `D` may differ from one tensor to the
+            next, the dtype not.
         lengths: For each tensor every rank's number of positions; `l` is this rank's.
         group: The sequence group.
 
@@ -100,16 +134,12 @@ def sequence_to_heads(
         For each tensor shape `(B, own heads, L, D)`, `L` the sum of its lengths.
     """
     # Positions come first in what is sent, as kernels have them: with one sample nothing is copied on arrival.
-    rows, width = [x.permute(2, 0, 1, 3) for x in tensors], len(tensors)
-    pieces = []
-    for rank in range(group.size):
-        cuts = (own[rank] for own in shares)
-        pieces.append([x[:, :, start:stop].reshape(-1) for x, (start, stop) in zip(rows, cuts, strict=True)])
+    width = len(parts)
+    pieces = [[part.reshape(-1) for part in some] for some in zip(*parts, strict=True)]
     shapes = []
     for source in range(group.size):
-        for x, own, each in zip(tensors, shares, lengths, strict=True):
-            start, stop = own[group.rank]
-            shapes.append((each[source], x.shape[0], stop - start, x.shape[3]))
+        for own, each in zip(parts, lengths, strict=True):
+            shapes.append((each[source], *own[group.rank].shape[1:]))
     sizes = [torch.Size(shape).numel() for shape in shapes]
     received = [sum(sizes[i : i + width]) for i in range(0, len(sizes), width)]
     sent = [sum(piece.numel() for piece in some) for some in pieces]
@@ -118,14 +148,13 @@ def sequence_to_heads(
     return [torch.cat(blocks[i::width]).permute(1, 2, 0, 3) for i in range(width)]
 
 
-def heads_to_sequence(x: Tensor, shares: Sequence[tuple[int, int]], lengths: tuple[int, ...], group: Group) -> Tensor:
-    """Undo `sequence_to_heads` of a tensor whose heads every rank has some of: `(B, own heads, L, D)` to `(B, H, l, D)`."""
+def heads_to_sequence(x: Tensor, shares: Sequence[tuple[int, int]], lengths: tuple[int, ...], group: Group) -> list[Tensor]:
+    """Undo `sequence_to_heads` of a tensor `(B, own heads, L, D)`; return every rank's heads, `(l, B, heads, D)`."""
     batch, own, _, width = x.shape
     shapes = [(lengths[group.rank], batch, stop - start, width) for start, stop in shares]
     sizes = [torch.Size(shape).numel() for shape in shapes]
     flat = all_to_all(x.permute(2, 0, 1, 3).reshape(-1), sizes, [own * batch * n * width for n in lengths], group)
-    blocks = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-    return torch.cat(blocks, dim=2).permute(1, 2, 0, 3)
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
 def ulysses_attention(
@@ -139,6 +168,7 @@ def ulysses_attention(
     query_lengths: tuple[int, ...],
     key_lengths: tuple[int, ...],
     group: Group,
+    head_chunks: int = 1,
 ) -> Tensor:
     """`F.scaled_dot_product_attention` over positions that are split over the ranks of `group`.
 
@@ -153,18 +183,18 @@ def ulysses_attention(
         query_lengths: Every rank's number of queries.
         key_lengths: Every rank's number of keys.
         group: The sequence group.
+        head_chunks: Chunks of a rank's heads at most: see `in_chunks`.
 
     Returns:
         Shape `(..., H, l, Dv)`. Sends `wire_elements` elements a rank.
     """
-    shares = head_shares(query.shape[-3], key.shape[-3], group.size)
     grouped = query.shape[-3] != key.shape[-3]  # on all ranks alike, whatever heads they have
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     num_dims, width, value_width = query.ndim, query.shape[-1], value.shape[-1]
     if num_dims == 3:  # kernels know samples
         query, key, value = (x.unsqueeze(0) for x in (query, key, value))
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, shares: Sequence[HeadShare]) -> Tensor:
         own = mask
         if not query.is_cuda and width != value_width:  # the CPU's kernel wants one width: zeros change no score
             query, key, value = (F.pad(x, (0, max(width, value_width) - x.shape[-1])) for x in (query, key, value))
@@ -176,7 +206,7 @@ def ulysses_attention(
         out = F.scaled_dot_product_attention(query, key, value, own, dropout, is_causal, scale=scale, enable_gqa=grouped)
         return out[..., :value_width]
 
-    out = exchanged(query, key, value, kernel, query_lengths, key_lengths, group)
+    out = exchanged(query, key, value, kernel, query_lengths, key_lengths, group, head_chunks)
     return out if num_dims > 3 else out.squeeze(0)
 
 
@@ -210,9 +240,8 @@ def ulysses_tiles(
     Returns:
         Shape `(..., H, l, Dv)`.
     """
-    shares = head_shares(query.shape[-3], key.shape[-3], group.size)
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, shares: Sequence[HeadShare]) -> Tensor:
         values = (query, key, value, *others)
         own = [values[i] if dim is None or i < 3 else own_heads(values[i], dim, shares, group.rank) for i, dim in places]
         (out,) = run_tiles(handle, *seed, *own)
@@ -225,30 +254,42 @@ def exchanged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kernel: Callable[[Tensor, Tensor, Tensor], Tensor],
+    kernel: Callable[[Tensor, Tensor, Tensor, Sequence[HeadShare]], Tensor],
     query_lengths: tuple[int, ...],
     key_lengths: tuple[int, ...],
     group: Group,
+    head_chunks: int = 1,
 ) -> Tensor:
-    """Call an attention kernel on all positions of this rank's heads.
+    """Call an attention kernel on all positions of this rank's heads, chunk after chunk; it is told which every rank has then.
 
     It is given grouped heads where on all ranks each head of keys and values is that of equally many queries, else one for each
     query. What operators run is the same on all ranks.
     """
     leading, heads, kv_heads, rank = query.shape[:-3], query.shape[-3], key.shape[-3], group.rank
     shares = head_shares(heads, kv_heads, group.size)
-    of_queries, of_keys = zip(*(share.sent(heads) for share in shares), strict=True)
     query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    cuts, own = (of_queries, of_keys, of_keys), of_queries[rank][1] - of_queries[rank][0]
-    query, key, value = sequence_to_heads((query, key, value), cuts, (query_lengths, key_lengths, key_lengths), group)
-    if heads < group.size:  # those without a head attend with one of zeros
-        query, key, value = (torch.cat([x, x.new_zeros((x.shape[0], 1 - own, *x.shape[2:]))], 1) for x in (query, key, value))
     times = heads // kv_heads
-    if any(share.num_keys > 1 and share.queries != (share.keys[0] * times, share.keys[1] * times) for share in shares):
-        first = of_queries[rank][0] - of_keys[rank][0] * times
-        key, value = (x.repeat_interleave(times, dim=1).narrow(1, first, shares[rank].num_queries) for x in (key, value))
-    out = kernel(*(x.reshape(*leading, *x.shape[1:]) for x in (query, key, value)))
-    out = heads_to_sequence(out.reshape(-1, *out.shape[-3:])[:, :own], of_queries, query_lengths, group)
+    chunks = in_chunks(shares, times, head_chunks)
+    # Every rank's heads of the first chunk, then of the second.
+    of_queries, of_keys = zip(*(share.sent(heads) for some in chunks for share in some), strict=True)
+    parts = [_cut_heads(x.permute(2, 0, 1, 3), cuts) for x, cuts in ((query, of_queries), (key, of_keys), (value, of_keys))]
+    lengths = (query_lengths, key_lengths, key_lengths)
+    found: list[list[Tensor]] = [[] for _ in shares]
+    for index, some in enumerate(chunks):
+        of_chunk = slice(index * len(some), (index + 1) * len(some))
+        query, key, value = sequence_to_heads([cut[of_chunk] for cut in parts], lengths, group)
+        own = query.shape[1]
+        if heads < group.size:  # those without a head attend with one of zeros
+            query, key, value = (torch.cat([x, x.new_zeros((x.shape[0], 1 - own, *x.shape[2:]))], 1) for x in (query, key, value))
+        if any(share.num_keys > 1 and share.queries != (share.keys[0] * times, share.keys[1] * times) for share in some):
+            first = some[rank].queries[0] - some[rank].keys[0] * times
+            key, value = (x.repeat_interleave(times, dim=1).narrow(1, first, own) for x in (key, value))
+        query, key, value = (x.reshape(*leading, *x.shape[1:]) for x in (query, key, value))
+        out = kernel(query, key, value, some)
+        out = out.reshape(-1, *out.shape[-3:])[:, :own]
+        for of_rank, part in zip(found, heads_to_sequence(out, of_queries[of_chunk], query_lengths, group), strict=True):
+            of_rank.append(part)
+    out = torch.cat([part for of_rank in found for part in of_rank], dim=2).permute(1, 2, 0, 3)
     return out.reshape(*leading, *out.shape[1:])
 
 

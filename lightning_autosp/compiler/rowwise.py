@@ -126,7 +126,7 @@ def local_regions(captured: Captured, find: Rule, sizes: Mapping[sympy.Symbol, i
             continue
         growth = _Growth(facts, node, of_loss=False)
         if growth.grow() and not growth.readers:
-            region = growth.region()
+            region = growth.with_inputs(growth.region())
             transient = number(region.transient)
             if taken.isdisjoint(region.nodes) and transient > number(region.boundary):
                 taken.update(region.nodes)
@@ -441,7 +441,36 @@ class _Growth:
 
     def region(self) -> LocalRegion:
         """Return what was found."""
-        kept, wanted = self._close()
+        return self._region(*self._close())
+
+    def with_inputs(self, found: LocalRegion) -> LocalRegion:
+        """Return the region with what its inputs are computed from row by row, if its boundary is no larger then: a norm, say."""
+        modes_of = modes(self.captured)
+        inside = set(found.nodes)
+        wanted: dict[fx.Node, set[Layout | None]] = {}
+
+        def want(node: fx.Node, layout: Layout) -> bool:
+            cut = self.cut(node, layout) if node.op == "call_function" else None
+            if cut is None:
+                return False
+            self.inside[node] = layout
+            for source in _made_by(node).all_input_nodes:
+                wanted.setdefault(source, set()).add(cut.get(source))
+            return True
+
+        for node in reversed(self.captured.graph.nodes):
+            if node in found.layouts:
+                want(node, found.layouts[node])
+            elif node in wanted and node.users.keys() <= inside and len(wanted[node]) == 1:
+                (layout,) = wanted[node]
+                made = _made_by(node)
+                alike = modes_of[node] == modes_of[self.start] and not is_random(made) and made.target not in _PRODUCTS
+                if layout is not None and alike and (made is node or len(made.users) == 1) and want(node, layout):
+                    inside |= {node, made}
+        extended = self._region(inside, wanted)
+        return extended if sympy.simplify(extended.boundary - found.boundary).is_nonpositive else found
+
+    def _region(self, kept: set[fx.Node], wanted: Mapping[fx.Node, set[Layout | None]]) -> LocalRegion:
         nodes = [node for node in self.captured.graph.nodes if node in kept]
         layouts = {node: self.inside[node] for node in nodes if node in self.inside}
         results = [node for node in layouts if not node.users.keys() <= kept]

@@ -8,7 +8,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
 
 import sympy
@@ -35,6 +35,7 @@ from lightning_autosp.compiler.report import Crossing, Ran, Report, StepReport
 from lightning_autosp.compiler.rowwise import local_regions, tile, tile_losses
 from lightning_autosp.compiler.scalars import NeedsBreakError
 from lightning_autosp.compiler.tiling import can_be_tiled
+from lightning_autosp.compiler.written_out import SDPA
 from lightning_autosp.memory.costs import cost
 from lightning_autosp.memory.estimate import model_flops
 from lightning_autosp.memory.meter import LiveBytes
@@ -45,6 +46,9 @@ __all__ = ["MAX_PROGRAMS", "Compiler", "LoweredStep", "Parameters"]
 
 TILE_ROWS = 4096
 """Positions of a tile in which a step that does not fit otherwise computes its wide values."""
+
+HEAD_CHUNKS = 4
+"""Chunks in which such a step exchanges and attends to a rank's heads."""
 
 MAX_PROGRAMS = 32
 """Programs kept per captured step; the one unused for longest goes first."""
@@ -182,20 +186,27 @@ class LoweredStep:
         self.is_tiled = False
 
     def tile(self, tile_rows: int) -> bool:
-        """Compute what is wide between two products in tiles from now on, and again in backward.
+        """Compute what is wide between two products in tiles from now on, and again in backward; exchange heads in chunks.
 
         Args:
             tile_rows: Positions of a tile.
 
         Returns:
-            Whether there is anything of the kind that is not in tiles yet.
+            Whether programs are others now.
         """
         if self.is_tiled:
             return False
         self._plans.clear()
         self.is_tiled = True
         found = [tile(self.captured, rules.find, one, tile_rows) for one in local_regions(self.captured, rules.find)]
-        return any(found)
+        attends = any(node.target is SDPA for node in self.captured.graph.nodes)
+        return any(found) or attends
+
+    @property
+    def attention(self) -> AttentionOptions:
+        """How methods of attention are chosen."""
+        options = self.compiler.attention
+        return replace(options, head_chunks=HEAD_CHUNKS) if self.is_tiled else options
 
     def __call__(self, *inputs: Any) -> Any:
         with _compat.without_top_mode(EagerMarks) as marks:
@@ -273,7 +284,7 @@ class LoweredStep:
         too_short: frozenset[Span] = frozenset()
         while True:
             enter = parameters.enter if parameters else None
-            emitter = Emitter(self.plan(symbols, too_short, arriving), sizes, group, enter, self.compiler.attention)
+            emitter = Emitter(self.plan(symbols, too_short, arriving), sizes, group, enter, self.attention)
             try:
                 return emitter, emitter.emit()
             except ShardTooShortError as error:

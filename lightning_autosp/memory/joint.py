@@ -10,7 +10,7 @@ import functools
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -142,19 +142,18 @@ class Memory:
                 self.workspace[node] = 0
         made, used = self._versions(order)
         last: dict[Any, int] = {}
-        held: list[tuple[int, Operator]] = []
+        held: dict[Operator, int] = {}
         for position, node in enumerate(order):
             for key in used[position]:
                 last[key] = position
-            if node in self.items:
-                held.append((position, node))
-        if held:
             # The tuple that an operator with several results returns holds all of them until the last was taken out.
-            index = {node: position for position, node in enumerate(order)}
-            for position, node in held:
-                behind = max((index.get(item, position) for item in self.items[node]), default=position)
-                for key in made[position]:
-                    last[key] = max(last[key], behind)
+            picks = isinstance(node, fx.Node) and node.target is operator.getitem
+            source = node.all_input_nodes[0] if picks else None
+            if source in held:
+                for key in made[held[source]]:
+                    last[key] = max(last[key], position)
+            if node in self.items:
+                held[node] = position
         free: dict[int, list[Any]] = {}
         for key, position in last.items():
             if key not in outputs and key not in resident:
@@ -295,27 +294,25 @@ class Joint:
             self._costs[node] = cost(node)
         return self._costs[node]
 
-    def schedule(self, kept: set[fx.Node]) -> Schedule:
+    def schedule(self, kept: set[fx.Node], passed: Set[fx.Node] = frozenset()) -> Schedule:
         """Return what runs if the results of these operators are kept for backward, and everything else is computed again.
 
         Args:
             kept: Operators; for one with several results, the operator itself, not what takes a result out.
+            passed: Operators whose results backward makes first and holds: what leads to one is not held with it, but computed
+                once more where its own gradient is. Backward then has the inside of one layer at a time, not of all
+                between two that are kept.
         """
-        saved: dict[fx.Node, None] = {}
-        order: list[fx.Node] = []
-        done: set[fx.Node] = set(self.tangents)
-        primals = set(self.primals)
+        pulling = _Pulling(self, kept, passed)
         wanted = self._needed_backward()
         for node in self.nodes:
-            if node not in wanted or node.op == "placeholder":
-                continue
-            pulled = self._pull(node, kept, primals, done, saved)
-            order += pulled
+            if node in wanted and node.op != "placeholder":
+                pulling.provide(node)
         for grad in self.grads:  # one that depends on no tangent
-            order += self._pull(grad, kept, primals, done, saved)
-        first = self._forward_with(saved)
+            pulling.provide(grad)
+        first = self._forward_with(pulling.saved)
         forward = [node for node in self.nodes if node in first and node.op != "placeholder"]
-        return Schedule(self, self._with_items(forward), self._with_items(order), list(saved))
+        return Schedule(self, self._with_items(forward), self._with_items(pulling.order), list(pulling.saved))
 
     def _forward_with(self, saved: Iterable[fx.Node]) -> set[fx.Node]:
         extra = [node for node in saved if node not in self.forward]
@@ -339,32 +336,57 @@ class Joint:
     def _with_items(self, order: list[fx.Node]) -> list[fx.Node]:
         """Take results out of a tuple right behind the operator that gives it, so that it does not hold what nobody needs."""
         present = set(order)
-        out: dict[fx.Node, None] = {}
-        for node in order:
-            out[node] = None
+        out: list[fx.Node] = []
+
+        def add(node: fx.Node) -> None:
+            out.append(node)
             for item in self.memory.items.get(node, ()):
                 if item in present:
-                    out[item] = None
-        return list(out)
+                    add(item)
 
-    def _pull(
-        self, node: fx.Node, kept: set[fx.Node], primals: set[fx.Node], done: set[fx.Node], saved: dict[fx.Node, None]
-    ) -> list[fx.Node]:
-        """Return what has to run so that a value exists in backward, in order, itself last."""
+        for node in order:
+            if node.target is not operator.getitem or node.args[0] not in present:
+                add(node)
+        return out
+
+
+class _Pulling:
+    """Collects what backward runs, from the operators it has to."""
+
+    def __init__(self, joint: Joint, kept: set[fx.Node], passed: Set[fx.Node]) -> None:
+        self.joint, self.kept, self.passed = joint, kept, passed
+        self.order: list[fx.Node] = []
+        self.saved: dict[fx.Node, None] = {}
+        self._primals = set(joint.primals)
+        self._done: set[fx.Node] = set(joint.tangents)
+
+    def provide(self, node: fx.Node) -> None:
+        """Have a value, and what it is computed from, exist in backward."""
+        self._done |= self._run(node)
+
+    def _run(self, node: fx.Node) -> set[fx.Node]:
+        """Run what is missing to compute a value, itself last, and return it."""
         missing: set[fx.Node] = set()
+        before: set[fx.Node] = set()
         pending = [node]
         while pending:
             one = pending.pop()
-            if one in done or one in missing:
+            if one in self._done or one in missing or one in before:
                 continue
-            if one in primals or (one not in self.backward and unit(one) in kept):
-                saved[one] = None
-                done.add(one)
-                continue
-            missing.add(one)
-            pending += one.all_input_nodes
-        done |= missing
-        return sorted(missing, key=self.position.__getitem__)
+            if one in self._primals or (one not in self.joint.backward and unit(one) in self.kept):
+                self.saved[one] = None
+                self._done.add(one)
+            elif one is not node and one not in self.joint.backward and unit(one) in self.passed:
+                before.add(one)
+            else:
+                missing.add(one)
+                pending += one.all_input_nodes
+        for one in sorted(before, key=self.joint.position.__getitem__):
+            if one not in self._done:  # it may have been passed on the way to another
+                self._run(one)
+                self._done.add(one)
+        self.order += sorted(missing, key=self.joint.position.__getitem__)
+        return missing
 
 
 @dataclass
@@ -428,7 +450,9 @@ class Schedule:
     def _fresh(self) -> set[fx.Node]:
         """The values that are no more to keep alive than what they are computed from."""
         joint, memory = self.joint, self.joint.memory
-        again = [node for node in self.recomputed if node not in memory.items and node.target is not operator.getitem]
+        # What no gradient goes into: computed again, or made for backward alone, as zeros that gradients of slices are written to.
+        first = (node for node in dict.fromkeys(self.backward) if isinstance(node, fx.Node) and node not in joint.backward)
+        again = [node for node in first if node not in memory.items and node.target is not operator.getitem]
         cheap = {node for node in again if self._is_cheap(node) and not is_random(node) and not is_mutation(node)}
         alive = set(self.saved) | set(joint.primals)
         demanded = {source for node in self.backward if node not in cheap for source in node.all_input_nodes}
@@ -508,6 +532,10 @@ _REDUCTIONS = {
 }
 
 
+_POINTWISE = {aten._to_copy.default, aten.expand.default, aten.full.default, aten.slice_scatter.default}
+"""Operators without that tag that Inductor computes element by element, too."""
+
+
 def fuses(node: Operator) -> bool:
     """Whether Inductor computes the operator in one kernel with its neighbours: elementwise ones, views, reductions of rows."""
     if isinstance(node, Transfer):
@@ -515,7 +543,7 @@ def fuses(node: Operator) -> bool:
     if is_view(node) or node.target in _REDUCTIONS:
         return True
     target = node.target
-    return torch.Tag.pointwise in getattr(target, "tags", ()) or target in (aten._to_copy.default, aten.expand.default)
+    return torch.Tag.pointwise in getattr(target, "tags", ()) or target in _POINTWISE
 
 
 def is_random(node: fx.Node) -> bool:

@@ -24,7 +24,7 @@ from lightning_autosp.memory.estimate import (
     estimate_training,
 )
 from lightning_autosp.memory.joint import Joint, Operator, Transfer, unit
-from lightning_autosp.memory.policy import Choice, Limits, Recomputation, choose, keep_for, place
+from lightning_autosp.memory.policy import MIXTURE, NESTED_MIXTURE, Choice, Limits, Recomputation, choose, keep_for, place
 
 __all__ = ["Agreed", "Decision", "DoesNotFitError", "MemoryOptions", "Partitioner", "SavedPlanError"]
 
@@ -185,7 +185,7 @@ class Partitioner:
         choice = choose(joint, chosen.policy, chosen.roofline, limits, default, mixtures=not chosen.one_decision)
         own = Decision(choice.policy, (), choice.patience, choice.fits)
         keys = _keys(joint)
-        kept = choice.kept if choice.policy == "mixture" else set()
+        kept = choice.kept if choice.policy in (MIXTURE, NESTED_MIXTURE) else set()
         if kept or choice.schedule.offloaded:
             places = [place for place, node in enumerate(keys) if node in kept]
             moved = [place for place, node in enumerate(keys) if node in choice.schedule.offloaded]
@@ -202,7 +202,7 @@ class Partitioner:
     def _follow(self, joint: Joint, decision: Decision, limits: Limits, default: set[fx.Node]) -> Choice:
         """Return what another rank, or this one for another program, decided."""
         keys = _keys(joint)
-        if decision.policy == "mixture":
+        if decision.policy in (MIXTURE, NESTED_MIXTURE):
             wanted = set(decision.kept)
             kept = {node for node, key in keys.items() if key in wanted}
         else:

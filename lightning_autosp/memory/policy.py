@@ -5,6 +5,8 @@
 - "full": the cuts alone.
 - "full/2", "full/3", "full/4", which "auto" tries where "full" does not fit: of the cuts, counted from the last, every second and
   so on. No more is computed again, but of more layers at a time.
+- "nested/2", "nested/3", "nested/4", which it tries then: the same cuts, and backward first makes those between two of them, and
+  the inside of a layer once more where the layer is differentiated. It has that of one layer at a time, as with "full".
 - "offload": the cuts alone, on the host (`memory.offload`).
 - "auto": the least time computing again and waiting for the host, among all of these and mixtures of them, whose simulated peak
   fits a limit. What is kept is moved to the host, the first made first, only as far as the peak does not fit otherwise.
@@ -16,6 +18,7 @@ stands before it. Transformers are narrowest where a residual stream is all that
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -38,10 +41,14 @@ PATIENCE = (3, 1)
 EXHAUSTIVE = 10
 """So many candidates are all tried in every combination."""
 
-SPARSER = ("full/2", "full/3", "full/4")
+SPARSER = ("full/2", "full/3", "full/4", "nested/2", "nested/3", "nested/4")
 
 LEAST = "least"
 """In place of a policy: the first that fits of "full" and `SPARSER`, or what takes least."""
+
+
+MIXTURE, NESTED_MIXTURE = "mixture", "nested mixture"
+"""What "auto" finds between the named policies; the second begins with a nested one."""
 
 
 @dataclass
@@ -49,7 +56,7 @@ class Choice:
     """What is kept, and what that takes.
 
     Attributes:
-        policy: Its name; "mixture" if "auto" found something between the named ones.
+        policy: Its name; `MIXTURE` or `NESTED_MIXTURE` if "auto" found something between the named ones.
         schedule: What runs.
         peak: Bytes at once on the device, without parameters, inputs and optimizer.
         seconds: Computing again and waiting for copies to the host and back, on the roofline.
@@ -99,14 +106,29 @@ def anchors(joint: Joint, order: Sequence[fx.Node]) -> list[fx.Node]:
         joint: The graph.
         order: What computes activations in forward.
     """
-    found = [node for node in order if is_attention(node)]
+    attention = [node for node in order if is_attention(node)]
+    # Chunks of heads, which do not read each other, stand behind one cut.
+    found = attention[:1] + [node for before, node in itertools.pairwise(attention) if _follows(joint, node, before)]
     if found:
-        behind = order[order.index(found[-1]) + 1 :]
+        behind = order[order.index(attention[-1]) + 1 :]
         # What takes most behind the last (logits and their loss) is differentiated first, before the last layer is made again.
         return [*found, *sorted(behind, key=lambda node: _bytes_at(joint, node))[-1:]]
     products = [node for node in order if joint.cost(node).flops > 0]
     stride = max(1, round(len(products) ** 0.5))
     return products[::stride]
+
+
+def _follows(joint: Joint, node: fx.Node, before: fx.Node) -> bool:
+    """Whether a value is computed from one before it."""
+    pending, seen = [node], {node}
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source is before:
+                return True
+            if source not in seen and joint.position[source] > joint.position[before]:
+                seen.add(source)
+                pending.append(source)
+    return False
 
 
 def _bytes_at(joint: Joint, node: fx.Node) -> int:
@@ -155,12 +177,17 @@ class Recomputation:
     """What is computed again for a choice, and how long it takes, without a schedule."""
 
     def __init__(self, joint: Joint, roofline: Roofline) -> None:
-        self.roofline = roofline
+        self.joint, self.roofline = joint, roofline
         schedule = joint.schedule(set())
         self._seconds = {node: roofline.seconds(joint.cost(node)) for node in schedule.recomputed}
         self._inputs = {node: node.all_input_nodes for node in self._seconds}
         wanted = (source for node in schedule.backward if node in joint.backward for source in node.all_input_nodes)
         self._frontier = list(dict.fromkeys(source for source in wanted if source in self._seconds))
+
+    @functools.cached_property
+    def cuts(self) -> set[fx.Node]:
+        """All cuts: what a nested policy that does not keep one makes first."""
+        return cuts(self.joint)
 
     def nodes(self, kept: set[fx.Node]) -> set[fx.Node]:
         """Return what runs again."""
@@ -207,7 +234,7 @@ def place(
     limits: Limits,
 ) -> Choice:
     """Return the choice of what is kept, for how long cheap values wait, and which values that may be are on the host."""
-    schedule = joint.schedule(kept)
+    schedule = joint.schedule(kept, again.cuts if policy.startswith("nested") else set())
     schedule = schedule.refreshed(patience) if patience else schedule
     values = [value for value in movable(schedule) if on_host(value)]
     return _moved(Choice(policy, schedule, 0, 0.0, False, kept, patience), values, again, limits)
@@ -219,7 +246,7 @@ def _moved(choice: Choice, values: Sequence[fx.Node], again: Recomputation, limi
     peak = max(one.bytes for one in schedule.peaks())
     host = sum(schedule.host_storages().values())
     fits = (limits.device is None or peak <= limits.device) and (limits.host is None or host <= limits.host)
-    seconds = (again.of(choice.schedule) if choice.patience else again.seconds(choice.kept)) + schedule.stalled
+    seconds = again.of(choice.schedule) + schedule.stalled
     return replace(choice, schedule=schedule, peak=peak, seconds=seconds, fits=fits)
 
 
@@ -317,7 +344,7 @@ def _grow(joint: Joint, start: Choice, again: Recomputation, limits: Limits) -> 
     found = candidates(joint, again, start.kept)
     if len(found) <= EXHAUSTIVE:
         return _every_subset(joint, start, found, again, limits)
-    best = start
+    best, name = start, _mixture(start)
     groups = _alike(joint, start.kept, found)
     while groups:
         now = again.seconds(best.kept)
@@ -335,7 +362,7 @@ def _grow(joint: Joint, start: Choice, again: Recomputation, limits: Limits) -> 
         low, high = 0, len(group)
         while low < high:
             middle = (low + high + 1) // 2
-            one = evaluate(joint, "mixture", best.kept | set(group[:middle]), again, limits)
+            one = evaluate(joint, name, best.kept | set(group[:middle]), again, limits)
             if one.fits:
                 low, kept = middle, one
             else:
@@ -343,6 +370,10 @@ def _grow(joint: Joint, start: Choice, again: Recomputation, limits: Limits) -> 
         if low and kept.seconds < best.seconds:
             best = kept
     return best
+
+
+def _mixture(start: Choice) -> str:
+    return NESTED_MIXTURE if start.policy.startswith("nested") else MIXTURE
 
 
 def _alike(joint: Joint, cut: set[fx.Node], found: Sequence[fx.Node]) -> list[list[fx.Node]]:
@@ -363,7 +394,7 @@ def _every_subset(joint: Joint, start: Choice, found: Sequence[fx.Node], again: 
     best = start
     for size in range(1, len(found) + 1):
         for subset in itertools.combinations(found, size):
-            one = evaluate(joint, "mixture", start.kept | set(subset), again, limits)
+            one = evaluate(joint, _mixture(start), start.kept | set(subset), again, limits)
             if one.fits and (one.seconds, one.peak) < (best.seconds, best.peak):
                 best = one
     return best

@@ -105,7 +105,9 @@ def _emit_call(
         return em.call(ring_attention, given, {"in_zigzag": chosen.in_zigzag})
     if chosen.method == "hybrid":
         return em.call(hybrid_attention, (*given, chosen.inside, chosen.outside), {"in_zigzag": chosen.in_zigzag})
-    return em.call(ulysses_attention if chosen.method == "ulysses" else gather_kv_attention, given)
+    if chosen.method == "gather_kv":
+        return em.call(gather_kv_attention, given)
+    return em.call(ulysses_attention, (*given, em.attention.head_chunks))
 
 
 def _emit_mask(em: Emitter, node: fx.Node, key_lengths: tuple[int, ...]) -> BlockMask:
