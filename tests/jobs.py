@@ -45,9 +45,37 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         self.curve.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
+    def found(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what a run on ranks and one on a device have in common, as plain data."""
+        module = trainer.lightning_module
+        return {
+            "curve": self.curve,
+            "gradients": {name: value.numpy() for name, value in self.gradients.items()},
+            "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "plain": not any(isinstance(p, DTensor) for p in module.parameters()),
+        }
+
 
 def strategy_of(options: dict[str, Any] | None) -> Any:
     return "auto" if options is None else AutoSPStrategy(**options)
+
+
+def trainer_of(strategy: dict[str, Any] | None, world_size: int, callbacks: list[Callback], **options: Any) -> Trainer:
+    """Return a Trainer of ranks, or, without options of a strategy, of one device that does not see the ranks' environment."""
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
+    return Trainer(
+        **{**QUIET, "max_epochs": 1, **options},
+        devices=world_size,
+        strategy=strategy_of(strategy),
+        callbacks=callbacks,
+        **({"plugins": [LightningEnvironment()]} if strategy is None else {}),
+    )
+
+
+def report_of(trainer: Trainer) -> Any:
+    """Return the strategy's report; `None` on one device."""
+    return trainer.strategy.report if isinstance(trainer.strategy, AutoSPStrategy) else None
 
 
 def fit(
@@ -71,26 +99,17 @@ def fit(
     tiles.TILE_ELEMENTS = tile_elements
     offload.SMALLEST = smallest_moved
     recorder = Recorder()
-    trainer = Trainer(
-        **{**QUIET, "max_epochs": 1, **trainer_options},
-        devices=world_size,
-        strategy=strategy_of(strategy),
-        callbacks=[recorder],
-        **({"plugins": _alone()} if strategy is None else {}),
-    )
+    trainer = trainer_of(strategy, world_size, [recorder], **trainer_options)
     module = getattr(modules, module_name)(**(module_options or {}))
     train = modules.loader(num_samples, length, batch_size, ignore_half=ignore_half)
     trainer.fit(module, train, modules.loader(5, length, 1) if validate else None, ckpt_path=resume)
     if checkpoint is not None:
         trainer.save_checkpoint(checkpoint)
     pickle.loads(pickle.dumps(copy.deepcopy(module)))
-    report = trainer.strategy.report if isinstance(trainer.strategy, AutoSPStrategy) else None
+    report = report_of(trainer)
     return {
-        "curve": recorder.curve,
-        "gradients": {name: value.numpy() for name, value in recorder.gradients.items()},
-        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        **recorder.found(trainer),
         "weights": {name: value.detach().numpy().copy() for name, value in module.state_dict().items()},
-        "plain": not any(isinstance(p, DTensor) for p in module.parameters()),
         "report": report.to_dict() if report else None,
         "text": str(report),
     }
@@ -98,9 +117,7 @@ def fit(
 
 def evaluate(module_name: str, strategy: dict[str, Any] | None, world_size: int, length: int = 64) -> dict[str, Any]:
     """Validate, test and predict on this rank."""
-    trainer = Trainer(
-        **QUIET, devices=world_size, strategy=strategy_of(strategy), **({"plugins": _alone()} if strategy is None else {})
-    )
+    trainer = trainer_of(strategy, world_size, [])
     module = getattr(modules, module_name)()
     data = modules.loader(5, length, 2)
     validated = trainer.validate(module, data, verbose=False)
@@ -108,13 +125,6 @@ def evaluate(module_name: str, strategy: dict[str, Any] | None, world_size: int,
     predicted = trainer.predict(module, data)
     assert predicted is not None
     return {"validated": validated, "tested": tested, "predicted": [p.numpy() for p in predicted]}
-
-
-def _alone() -> list[Any]:
-    """Keep the one-device reference from seeing the ranks' environment variables."""
-    from lightning.fabric.plugins.environments import LightningEnvironment
-
-    return [LightningEnvironment()]
 
 
 def fit_dealt(module_name: str, num_groups: int, num_samples: int = 16, length: int = 64) -> dict[str, Any]:

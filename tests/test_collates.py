@@ -10,7 +10,6 @@ import modules
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from pool import Pool
 from test_fit import FULL, assert_same
 from torch import Tensor, nn
@@ -107,25 +106,14 @@ class Documents(modules.Base):
 
 def fit_documents(strategy: dict[str, Any] | None, world: int, *, packed: bool) -> dict[str, Any]:
     recorder = jobs.Recorder()
-    trainer = Trainer(
-        **{**jobs.QUIET, "max_epochs": 1},
-        devices=world,
-        strategy=jobs.strategy_of(strategy),
-        callbacks=[recorder],
-        **({"plugins": jobs._alone()} if strategy is None else {}),
-    )
+    trainer = jobs.trainer_of(strategy, world, [recorder])
     numbers = torch.Generator().manual_seed(2)
     lengths = [7, 3, 12, 2, 5, 5]
     rows = [torch.randint(modules.VOCABULARY, (length,), generator=numbers) for length in lengths]
     samples = [{"input_ids": row, "labels": row} for row in rows]
     torch.manual_seed(4)
     trainer.fit(Documents(), DataLoader(samples, batch_size=2, collate_fn=pack_collate if packed else pad_collate))
-    return {
-        "curve": recorder.curve,
-        "gradients": {name: value.numpy() for name, value in recorder.gradients.items()},
-        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "plain": True,
-    }
+    return recorder.found(trainer)
 
 
 @pytest.mark.dist

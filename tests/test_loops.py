@@ -27,8 +27,6 @@ from pool import Pool
 from test_refusals import refused
 from torch import Tensor
 
-from lightning_autosp import AutoSPStrategy
-
 pytestmark = pytest.mark.dist
 LENGTH = 24
 
@@ -97,14 +95,9 @@ def run(world: int, module: str, callbacks: list[str], directory: str, **options
     own = {"logger": CSVLogger(directory)} if options.pop("logs", False) else {}
     sharding = options.pop("sharding", "auto")
     bars = {"enable_progress_bar": True} if "bar" in callbacks else {}
-    trainer = Trainer(
-        **{**jobs.QUIET, "max_epochs": 2, **options, **own, **bars},
-        devices=world,
-        strategy="auto" if world == 1 else AutoSPStrategy(parameter_sharding=sharding),
-        callbacks=list(built.values()),
-        default_root_dir=directory,
-        **({"plugins": jobs._alone()} if world == 1 else {}),
-    )
+    strategy = None if world == 1 else {"parameter_sharding": sharding}
+    settings = {"max_epochs": 2, "default_root_dir": directory, **options, **own, **bars}
+    trainer = jobs.trainer_of(strategy, world, list(built.values()), **settings)
     trained: Any = globals()[module]()
     train, held_out = modules.loader(8, LENGTH), [modules.loader(3, LENGTH, 1), modules.loader(2, LENGTH, 2)]
     trainer.fit(trained, train, held_out if module == "Scheduled" else held_out[0])

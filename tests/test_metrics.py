@@ -8,7 +8,6 @@ import jobs
 import modules
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from pool import Pool
 from test_fit import FULL, assert_same
 from torch import Tensor
@@ -17,7 +16,7 @@ from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection, Sum
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
-from lightning_autosp import AutoSPStrategy, by_position
+from lightning_autosp import by_position
 from lightning_autosp.recovery import Before
 
 
@@ -48,20 +47,11 @@ class OwnPositions(modules.Shallow):
 
 def fit(strategy: dict[str, Any] | None, world: int, *, cut: bool) -> dict[str, Any]:
     recorder = jobs.Recorder()
-    trainer = Trainer(
-        **{**jobs.QUIET, "max_epochs": 1},
-        devices=world,
-        strategy=jobs.strategy_of(strategy),
-        callbacks=[recorder],
-        **({"plugins": jobs._alone()} if strategy is None else {}),
-    )
+    trainer = jobs.trainer_of(strategy, world, [recorder])
     trainer.fit(OwnPositions(cut), modules.loader(6, 35, 2, ignore_half=True))
-    report = trainer.strategy.report if isinstance(trainer.strategy, AutoSPStrategy) else None
+    report = jobs.report_of(trainer)
     return {
-        "curve": recorder.curve,
-        "gradients": {name: value.numpy() for name, value in recorder.gradients.items()},
-        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "plain": True,
+        **recorder.found(trainer),
         "gathers": [one.gathers for step in report.steps for one in step.crossings] if report else [],
         "gathered": [one.name for step in report.steps for one in step.gathered] if report else [],
         "breaks": len(report.breaks) if report else 0,

@@ -295,23 +295,15 @@ class Streamed(IterableDataset[dict[str, Tensor]]):
 
 def fit_from(strategy: dict[str, Any] | None, world: int, *, stream: bool, **options: Any) -> dict[str, Any]:
     recorder, seen = jobs.Recorder(), Seen()
-    trainer = Trainer(
-        **{**jobs.QUIET, "max_epochs": 2, "num_sanity_val_steps": 1, **options},
-        devices=world,
-        strategy=jobs.strategy_of(strategy),
-        callbacks=[recorder, seen],
-        **({"plugins": jobs._alone()} if strategy is None else {}),
-    )
+    own = {"max_epochs": 2, "num_sanity_val_steps": 1, **options}
+    trainer = jobs.trainer_of(strategy, world, [recorder, seen], **own)
     torch.manual_seed(7)
     data = Streamed(7, 32) if stream else modules.Tokens(7, 32)
     train = DataLoader(data, batch_size=2, shuffle=not stream)
     trainer.fit(TwoSets(), train, [modules.loader(3, 32, 1), modules.loader(2, 32, 1)])
-    report = trainer.strategy.report if isinstance(trainer.strategy, AutoSPStrategy) else None
+    report = jobs.report_of(trainer)
     return {
-        "curve": recorder.curve,
-        "gradients": {name: value.numpy() for name, value in recorder.gradients.items()},
-        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "plain": True,
+        **recorder.found(trainer),
         "train": seen.train,
         "val": seen.val,
         "opened": getattr(data, "opened", None),

@@ -205,20 +205,19 @@ class Frames(modules.Base):
         return loss
 
 
-def fit_frames(world_size: int, strategy: Any) -> tuple[list[float], Any]:
+def fit_frames(world_size: int, strategy: dict[str, Any] | None) -> tuple[list[float], Any]:
     torch.manual_seed(1)
     recorder = jobs.Recorder()
-    options = {"plugins": jobs._alone()} if strategy == "auto" else {}
-    trainer = Trainer(**jobs.QUIET, devices=world_size, strategy=strategy, max_epochs=1, callbacks=[recorder], **options)
+    trainer = jobs.trainer_of(strategy, world_size, [recorder])
     trainer.fit(Frames(), torch.utils.data.DataLoader(torch.randn(6, 16, 16), batch_size=2))
-    report = trainer.strategy.report.to_dict() if strategy == "autosp" else None
-    return [step["loss"] for step in recorder.curve], report
+    report = jobs.report_of(trainer)
+    return [step["loss"] for step in recorder.curve], report and report.to_dict()
 
 
 @pytest.mark.dist
 def test_feature_size_equal_to_the_length(pool: Pool) -> None:
-    one = pool.run(fit_frames, 1, 1, "auto")[0][0]
-    losses, report = pool.run(fit_frames, 2, 2, "autosp")[0]
+    one = pool.run(fit_frames, 1, 1, None)[0][0]
+    losses, report = pool.run(fit_frames, 2, 2, {})[0]
     assert losses == pytest.approx(one, rel=2e-6)
     assert report["steps"][0]["in_full"] == []
     assert report["steps"][0]["num_local"] > 0

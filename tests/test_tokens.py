@@ -236,24 +236,15 @@ class OnTokens(modules.Shallow):
 def fit_tokens(files: list[Path], strategy: dict[str, Any] | None, world: int, workers: int = 0) -> dict[str, Any]:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # loaders may start workers
     recorder = jobs.Recorder()
-    trainer = Trainer(
-        **{**jobs.QUIET, "max_epochs": 1},
-        devices=world,
-        strategy=jobs.strategy_of(strategy),
-        callbacks=[recorder],
-        **({"plugins": jobs._alone()} if strategy is None else {}),
-    )
+    trainer = jobs.trainer_of(strategy, world, [recorder])
     data = TokenDataset(files, 32)
     torch.manual_seed(7)
     train = DataLoader(data, batch_size=2, shuffle=True, num_workers=workers)
     trainer.fit(OnTokens(), train, DataLoader(Subset(data, [0, 1, 2])))
-    report = trainer.strategy.report if isinstance(trainer.strategy, AutoSPStrategy) else None
+    report = jobs.report_of(trainer)
     assert type(data[0]["tokens"]) is Tensor  # whole again after training
     return {
-        "curve": recorder.curve,
-        "gradients": {name: value.numpy() for name, value in recorder.gradients.items()},
-        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "plain": True,
+        **recorder.found(trainer),
         "notes": report.notes if report else None,
     }
 
@@ -335,21 +326,12 @@ class OnFrames(modules.Base):
 
 def fit_frames(strategy: dict[str, Any] | None, world: int, *, whole: bool) -> dict[str, Any]:
     recorder, data = jobs.Recorder(), Frames()
-    trainer = Trainer(
-        **{**jobs.QUIET, "max_epochs": 1},
-        devices=world,
-        strategy=jobs.strategy_of(strategy),
-        callbacks=[recorder],
-        **({"plugins": jobs._alone()} if strategy is None else {}),
-    )
+    trainer = jobs.trainer_of(strategy, world, [recorder])
     torch.manual_seed(5)
     trainer.fit(OnFrames(whole), DataLoader(data, batch_size=2), DataLoader(data, batch_size=3))
-    report = trainer.strategy.report if isinstance(trainer.strategy, AutoSPStrategy) else None
+    report = jobs.report_of(trainer)
     return {
-        "curve": recorder.curve,
-        "gradients": {name: value.numpy() for name, value in recorder.gradients.items()},
-        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "plain": True,
+        **recorder.found(trainer),
         "read": data.read,
         "steps": {one.kind: [gathered.name for gathered in one.gathered] for one in report.steps} if report else {},
         "graphs": report.num_graphs if report else {},
