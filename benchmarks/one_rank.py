@@ -33,11 +33,11 @@ from lightning_autosp.step import CompiledStep
 
 
 @contextlib.contextmanager
-def fake_ranks(world: int) -> Iterator[ParallelMesh]:
+def fake_ranks(world: int, device: str = "cpu") -> Iterator[ParallelMesh]:
     """Make this process the first of `world` ranks that share a sequence."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        yield ParallelMesh.create("cpu", 1, world)
+        yield ParallelMesh.create(device, 1, world)
     finally:
         dist.destroy_process_group()
 
@@ -67,6 +67,55 @@ class Measured:
         return self.estimate.peak - sum(categories[name] for name in ("parameters", "optimizer", "inputs", "overhead"))
 
 
+@dataclass
+class Prepared:
+    """A module's training step as one rank runs it.
+
+    Attributes:
+        step: Called with a whole batch and its number; gives the loss.
+        parameters: Of the module, of which this rank holds its part.
+        meter: Counts what the step makes, but nothing under Inductor, or if it is not to.
+        report: Of what was compiled.
+    """
+
+    step: CompiledStep
+    parameters: ModuleParameters
+    meter: LiveBytes
+    report: Report
+
+
+def prepare_step(
+    module: LightningModule,
+    batch: Any,
+    mesh: ParallelMesh,
+    memory: MemoryOptions,
+    *,
+    sequence_dim: int = 1,
+    backend: CompileBackend = "aot_eager",
+    attention: AttentionMethod = "auto",
+    tile_local: int | None = None,
+    counted: bool = True,
+) -> Prepared:
+    """Take a module over as the strategy does; parameters are sharded if there are several ranks."""
+    torch._dynamo.reset()
+    parameters = ModuleParameters(module, mesh.flat, mesh.all_ranks(), sharded=mesh.sequence_size > 1)
+    known = [parameters.held(name) for name in parameters.names().values()]
+    meter = LiveBytes([*known, *batch_tensors(batch), *module.buffers()])
+    report = Report()
+    compiler = Compiler(
+        mesh=mesh.mesh[SEQUENCE_AXIS],
+        group=mesh.sequence(),
+        backend=backend,
+        report=report,
+        kind="",
+        attention=AttentionOptions(attention),
+        memory=memory,
+        meter=meter if counted else None,
+        tile_local=tile_local,
+    )
+    return Prepared(CompiledStep(module, "training_step", compiler, parameters, sequence_dim), parameters, meter, report)
+
+
 def measure_step(
     module: LightningModule,
     batch: Any,
@@ -93,40 +142,25 @@ def measure_step(
         attention: A method.
         tile_local: As of `Compiler`.
     """
-    torch._dynamo.reset()
-    device = device_of(torch.device("cpu"))
     inputs = sum(tensor.nbytes for tensor in batch_tensors(batch))
-    ranks = mesh.sequence_size
-    parameters = ModuleParameters(module, mesh.flat, mesh.all_ranks(), sharded=ranks > 1)
-    known = [parameters.held(name) for name in parameters.names().values()]
-    meter = LiveBytes([*known, *batch_tensors(batch), *module.buffers()])
-    report = Report()
-    options = MemoryOptions(
+    memory = MemoryOptions(
         policy,  # type: ignore[arg-type]
         None if limit is None else limit + inputs,
         False,
-        device.roofline,
+        device_of(torch.device("cpu")).roofline,
         0,
         (None if policy == "offload" else 0) if host_limit is None else host_limit,
         States,
     )
-    compiler = Compiler(
-        mesh=mesh.mesh[SEQUENCE_AXIS],
-        group=mesh.sequence(),
-        backend=backend,
-        report=report,
-        kind="",
-        attention=AttentionOptions(attention),
-        memory=options,
-        meter=meter,
-        tile_local=tile_local,
+    prepared = prepare_step(
+        module, batch, mesh, memory, sequence_dim=sequence_dim, backend=backend, attention=attention, tile_local=tile_local
     )
-    step = CompiledStep(module, "training_step", compiler, parameters, sequence_dim)
+    meter = prepared.meter
     gc.collect()
-    loss = step(batch, 0)
+    loss = prepared.step(batch, 0)
     loss = loss["loss"] if isinstance(loss, dict) else loss
     saved = meter.live - loss.untyped_storage().nbytes()
     loss.backward()
-    estimate = report.steps[-1].memory
+    estimate = prepared.report.steps[-1].memory
     assert estimate is not None
     return Measured(estimate, saved, meter.peak, meter.host_peak, loss.detach())

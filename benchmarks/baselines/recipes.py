@@ -52,6 +52,7 @@ BASELINES = {
     one.name: one
     for one in (
         Baseline("one device, eager", "nothing"),
+        Baseline("ulysses, eager"),
         Baseline("ulysses, compiled", compiled=True),
         Baseline("ulysses, compiled, attention kept", compiled=True, kept="attention"),
         Baseline("alst recipe", kept="inputs", tiled=True),
@@ -197,7 +198,7 @@ def _attention_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) ->
 
 @contextlib.contextmanager
 def _layer_inputs_on_host(ids: Tensor, width: int) -> Iterator[None]:
-    """Keep on the host what has the size of a layer's input: that is all that checkpointed layers keep, but for tables of positions."""
+    """Keep on the host what has the size of a layer's input: all that checkpointed layers and the last norm keep, but tables."""
     shape = (*ids.shape, width)
 
     def pack(value: Tensor) -> Any:
