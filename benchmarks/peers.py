@@ -293,7 +293,7 @@ def longest(asked: argparse.Namespace, method: str, policy: str, layers: int) ->
     low, high, length = 0, 0, max(unit, asked.lengths[0] // unit * unit)
     why = ""
     while not high or high - low > max(unit, low // 16):
-        row = measure(asked, method, policy, length, layers, 0 if asked.device == "cuda" else 1)
+        row = measure(asked, method, policy, length, layers, repeats=1)
         peak = row.get("measured_peak_bytes")
         host = row.get("measured_host_bytes") or 0
         if peak is not None and peak <= asked.limit and host <= asked.host_limit:
