@@ -40,7 +40,7 @@ from lightning_autosp.attention.ring import ring_attention  # noqa: E402
 from lightning_autosp.attention.select import AttentionOptions, Work, choose  # noqa: E402
 from lightning_autosp.attention.ulysses import ulysses_attention  # noqa: E402
 from lightning_autosp.collectives import Group  # noqa: E402
-from lightning_autosp.compiler.layout import base_cuts  # noqa: E402
+from lightning_autosp.cuts import even_cuts  # noqa: E402
 from lightning_autosp.memory.meter import LiveBytes  # noqa: E402
 
 Row = dict[str, Any]
@@ -93,7 +93,7 @@ def methods(heads: int, kv_heads: int, length: int, width: int, ranks: int, size
 
 
 def _lengths(length: int, ranks: int) -> tuple[int, ...]:
-    cuts = base_cuts(length, ranks)
+    cuts = even_cuts(length, ranks)
     return tuple(stop - start for start, stop in zip(cuts, cuts[1:], strict=False))
 
 

@@ -160,31 +160,22 @@ def run_rank(rank: int, example: Example, num_ranks: int, folder: str) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    from lightning_autosp.check import RememberingCompiler
     from lightning_autosp.collectives import Group
-    from lightning_autosp.compiler.capture import Captured
     from lightning_autosp.compiler.report import Report
-    from lightning_autosp.compiler.specialise import Compiler, LoweredStep
     from lightning_autosp.parameters import ModuleParameters
     from lightning_autosp.step import CompiledStep
-
-    graphs: list[Captured] = []
-
-    class Remembering(Compiler):
-        def __call__(self, *args: Any) -> Any:
-            step = super().__call__(*args)
-            graphs.extend([step.captured] if isinstance(step, LoweredStep) else [])
-            return step
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
     mesh = init_device_mesh("cpu", (num_ranks,))
     group, report = Group(mesh.get_group().group_name, num_ranks, rank), Report()
-    compiler = Remembering(mesh, group, "aot_eager", report, "forward", rank_seed=rank)
+    compiler = RememberingCompiler(mesh, group, "aot_eager", report, "forward", rank_seed=rank)
     parameters = ModuleParameters(example.module, mesh, group, sharded=False)
     step: Any = CompiledStep(example.module, "forward", compiler, parameters, example.sequence_dim)
     loss = step(*example.inputs)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in example.module.named_parameters()}
-    found = {"num_pieces": len(report.steps), **found_in(report.steps, graphs)}
+    found = {"num_pieces": len(report.steps), **found_in(report.steps, compiler.graphs)}
     torch.save({"loss": loss.item(), "gradients": gradients, "found": found}, f"{folder}/{rank}")
     dist.destroy_process_group()
 

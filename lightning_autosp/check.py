@@ -50,6 +50,7 @@ __all__ = [
     "Probe",
     "RankParameters",
     "RankStep",
+    "RememberingCompiler",
     "Run",
     "Simulation",
     "check",
@@ -564,17 +565,20 @@ class _Lowered(_OneDevice):
 
 
 @dataclass
-class _PieceCompiler(Compiler):
-    """Runs programs operator by operator: AOTAutograd cannot trace under what simulates collectives."""
+class RememberingCompiler(Compiler):
+    """Keeps what was captured, of all pieces of a step."""
 
     graphs: list[Captured] = field(default_factory=list, kw_only=True)
-    """What was captured."""
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         step = super().__call__(gm, example_inputs)
         if isinstance(step, LoweredStep):
             self.graphs.append(step.captured)
         return step
+
+
+class _PieceCompiler(RememberingCompiler):
+    """Runs programs operator by operator: AOTAutograd cannot trace under what simulates collectives."""
 
     def compile(
         self, module: fx.GraphModule, inputs: Sequence[Tensor], on_graph: OnGraph, partition: Partition | None = None

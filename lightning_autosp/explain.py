@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from lightning_autosp.compiler.emit import Emitter, Program
 from lightning_autosp.compiler.regions import RowRegion
@@ -362,17 +363,7 @@ def _argument(value: Any) -> str:
     return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-class _Values(fx.Interpreter):
-    """Notes at every operator what it gives."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one operator."""
-        value = super().run_node(n)
-        n.meta["val"] = value
-        return value
-
-
 def _with_values(planner: Planner, emitter: Emitter, program: Program) -> fx.Graph:
-    with FakeTensorMode(allow_non_fake_inputs=True), planner.computing():
-        _Values(program.module).run(*planner.inputs(emitter, program)[0])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, planner.computing():
+        FakeTensorProp(program.module, mode).propagate_dont_convert_inputs(*planner.inputs(emitter, program)[0])
     return program.module.graph

@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_autosp import _compat
 from lightning_autosp.batches import Found, SequenceDim, found_tensors, named_dim, sequences
-from lightning_autosp.compiler.layout import base_cuts
 from lightning_autosp.compiler.locate import Place
+from lightning_autosp.cuts import even_cuts
 from lightning_autosp.lines import frames_in, is_users
 
 __all__ = ["ANSWER", "GRACE", "MEET", "POLL", "Watch", "described", "not_finite", "waited_in_vain"]
@@ -224,7 +224,7 @@ def not_finite(batch: Any, module: nn.Module, sequence_dim: SequenceDim, num_ran
             text = f"{name} has {number} value(s) that are not finite, the first at {place}"
             dim = named_dim(one.names, sequence_dim)
             if dim is not None and value.ndim > dim:
-                cuts = base_cuts(value.shape[dim], num_ranks)
+                cuts = even_cuts(value.shape[dim], num_ranks)
                 owner = bisect.bisect_right(cuts, place[dim]) - 1
                 text += f", position {place[dim]} of the sequence, in the part of sequence rank {owner}"
             found.append(text)

@@ -15,9 +15,9 @@ from lightning_autosp.attention import tiles
 from lightning_autosp.attention.select import AttentionMethod
 from lightning_autosp.attention.ulysses import ulysses_attention, wire_elements
 from lightning_autosp.collectives import Group
-from lightning_autosp.compiler.layout import base_cuts
 from lightning_autosp.compiler.report import MASK_LIMIT_BYTES, StrictModeError
 from lightning_autosp.compiler.simulate import run_ranks
+from lightning_autosp.cuts import even_cuts
 
 WIDTH = 4
 Mask = Callable[[Tensor], Tensor]
@@ -489,7 +489,7 @@ def test_function_alone_and_its_wire_bytes(heads: int, kv_heads: int, ranks: int
     length = 4 * ranks + 1
     q, k, v = torch.randn(2, heads, length, 4), torch.randn(2, kv_heads, length, 4), torch.randn(2, kv_heads, length, 3)
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
-    cuts = base_cuts(length, ranks)
+    cuts = even_cuts(length, ranks)
     lengths = tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
     sent = dict.fromkeys(range(ranks), 0)
     calls = 0

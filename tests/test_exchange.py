@@ -8,13 +8,13 @@ from simulated import assert_close
 from torch import Tensor
 
 from lightning_autosp.collectives import Group
-from lightning_autosp.compiler.layout import base_cuts
 from lightning_autosp.compiler.simulate import run_ranks
+from lightning_autosp.cuts import even_cuts
 from lightning_autosp.exchange import Cut, Range, exchange, fetch, rearrange
 
 
 def bounds_of(length: int, ranks: int) -> list[tuple[int, int]]:
-    cuts = base_cuts(length, ranks)
+    cuts = even_cuts(length, ranks)
     return list(zip(cuts, cuts[1:], strict=False))
 
 

@@ -22,8 +22,8 @@ from lightning_autosp.attention.select import AttentionMethod, AttentionMethodEr
 from lightning_autosp.attention.ulysses import head_shares, in_chunks, ulysses_attention
 from lightning_autosp.attention.zigzag import chunk_lengths, from_zigzag, held_chunks, to_zigzag
 from lightning_autosp.collectives import Group
-from lightning_autosp.compiler.layout import base_cuts
 from lightning_autosp.compiler.simulate import run_ranks
+from lightning_autosp.cuts import even_cuts
 
 Attend = Callable[..., Tensor]
 
@@ -41,7 +41,7 @@ def masked(name: str, length: int) -> Tensor | None:
 
 
 def lengths_of(length: int, ranks: int) -> tuple[int, ...]:
-    cuts = base_cuts(length, ranks)
+    cuts = even_cuts(length, ranks)
     return tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
 
 

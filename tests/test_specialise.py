@@ -12,9 +12,10 @@ from torch import nn
 from lightning_autosp import _compat
 from lightning_autosp.collectives import Group
 from lightning_autosp.compiler import specialise
-from lightning_autosp.compiler.layout import Span, base_cuts
+from lightning_autosp.compiler.layout import Span
 from lightning_autosp.compiler.report import Report
 from lightning_autosp.compiler.specialise import Compiler
+from lightning_autosp.cuts import even_cuts
 
 
 def run(compiler: Compiler, compiled: Any, module: nn.Module, length: int, batch: int = 2) -> None:
@@ -69,7 +70,7 @@ def test_gradients_after_an_evaluation(compiler: Compiler) -> None:
 
 @pytest.mark.parametrize(("length", "ranks"), [(8, 2), (9, 4), (14, 7), (1000, 3)])
 def test_every_position_has_one_owner(length: int, ranks: int) -> None:
-    cuts = base_cuts(length, ranks)
+    cuts = even_cuts(length, ranks)
     sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
     assert cuts[0] == 0
     assert cuts[-1] == length

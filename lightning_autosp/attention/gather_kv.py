@@ -21,6 +21,7 @@ from lightning_autosp.attention.rows import MaskedRows, block_mask, dropped, mas
 from lightning_autosp.attention.tiles import run_tiles
 from lightning_autosp.attention.zigzag import chunk_lengths, from_zigzag, to_zigzag
 from lightning_autosp.collectives import Group, all_gather_sequence, start_all_gather, start_all_to_all, wait
+from lightning_autosp.cuts import even_cuts
 from lightning_autosp.exchange import fetch
 
 __all__ = ["CHUNK_BYTES", "gather_kv_attention", "gather_kv_tiles", "head_chunks_for"]
@@ -158,8 +159,7 @@ def gather_kv_tiles(
 
 def _heads(key: Tensor, call: Call) -> list[tuple[int, int]]:
     """Return the groups of heads of keys and values."""
-    small, extra = divmod(key.shape[1], call.head_chunks)
-    return list(itertools.pairwise(itertools.accumulate((small + (i < extra) for i in range(call.head_chunks)), initial=0)))
+    return list(itertools.pairwise(even_cuts(key.shape[1], call.head_chunks)))
 
 
 def _gathered(key: Tensor, value: Tensor, call: Call) -> Iterator[tuple[int, int, Tensor, Tensor]]:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lightning_autosp.attention.tiles import run_tiles
 from lightning_autosp.collectives import Group, all_to_all
+from lightning_autosp.cuts import even_cuts
 
 __all__ = [
     "HeadShare",
@@ -85,8 +86,7 @@ def head_shares(heads: int, kv_heads: int, ranks: int) -> list[HeadShare]:
 
 
 def _even(number: int, parts: int) -> list[int]:
-    small, extra = divmod(number, parts)
-    return [small + (part < extra) for part in range(parts)]
+    return [stop - start for start, stop in itertools.pairwise(even_cuts(number, parts))]
 
 
 def in_chunks(shares: Sequence[HeadShare], times: int, head_chunks: int) -> list[list[HeadShare]]:

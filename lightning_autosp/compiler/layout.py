@@ -17,7 +17,9 @@ import sympy
 import torch
 from torch import fx
 
-__all__ = ["ONE", "Layout", "ShardTooShortError", "Span", "as_expr", "base_cuts", "layout_of_shape", "span_of"]
+from lightning_autosp.cuts import even_cuts
+
+__all__ = ["ONE", "Layout", "ShardTooShortError", "Span", "as_expr", "layout_of_shape", "span_of"]
 
 ONE = sympy.Integer(1)
 
@@ -51,7 +53,7 @@ class Span:
         Raises:
             ShardTooShortError: If a rank would own no position.
         """
-        cuts = base_cuts(base_length, num_ranks)
+        cuts = even_cuts(base_length, num_ranks)
         cuts[0], cuts[-1] = self.begin, base_length + self.end
         bounds = [(lo - self.begin, hi - self.begin) for lo, hi in zip(cuts, cuts[1:], strict=False)]
         if any(stop <= start for start, stop in bounds):
@@ -106,15 +108,6 @@ class Layout:
 
     def over(self, span: Span) -> Layout:
         return replace(self, span=span)
-
-
-def base_cuts(base_length: int, num_ranks: int) -> list[int]:
-    """Return `num_ranks + 1` cut positions; the parts differ by one position at most, the longer ones first."""
-    small, extra = divmod(base_length, num_ranks)
-    cuts = [0]
-    for rank in range(num_ranks):
-        cuts.append(cuts[-1] + small + (rank < extra))
-    return cuts
 
 
 def as_expr(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_autosp._compat import default_collate_fn_map
+from lightning_autosp.cuts import even_cuts
 from lightning_autosp.data.stores import Source, stores_of
 
 __all__ = ["SequenceShard", "TokenDataset", "assemble", "sequence_shards", "shard_bounds", "sharded_datasets"]
@@ -25,9 +26,8 @@ def shard_bounds(length: int, rank: int, size: int) -> tuple[int, int]:
 
     Slices differ by one position at most, the longer ones first.
     """
-    small, extra = divmod(length, size)
-    start = rank * small + min(rank, extra)
-    return start, start + small + (rank < extra)
+    cuts = even_cuts(length, size)
+    return cuts[rank], cuts[rank + 1]
 
 
 @dataclass
